@@ -1,0 +1,1 @@
+"""Code generated from proto/shmcoord_cluster.proto."""
