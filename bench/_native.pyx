@@ -39,12 +39,12 @@ def read_records(Mapping mapping not None, uint32_t slot, uint64_t n):
     """Reads a slot's record n times, whole but for user gauges; returns how many reads failed."""
     cdef const mapping_t* m = mapping.m
     cdef uint64_t words[WORDS]
-    cdef uint64_t i, failed = 0
+    cdef uint64_t _i, failed = 0
     mapping.check()
     if slot >= m.slots:
         raise IndexError(slot)
     with nogil:
-        for i in range(n):
+        for _i in range(n):
             if not record_read(&m.record[slot], words, WORDS):
                 failed += 1
             bench_look_at(words)
@@ -54,13 +54,13 @@ def read_records(Mapping mapping not None, uint32_t slot, uint64_t n):
 def read_queues(Mapping mapping not None, uint32_t slot, uint64_t n):
     """Reads a slot's load word n times; returns the last queue."""
     cdef const mapping_t* m = mapping.m
-    cdef uint64_t i
+    cdef uint64_t _i
     cdef uint32_t queue = 0
     mapping.check()
     if slot >= m.slots:
         raise IndexError(slot)
     with nogil:
-        for i in range(n):
+        for _i in range(n):
             queue = word_queue(load_relaxed_u64(&m.hot[slot].load))
             bench_look_at(&queue)
     return queue
