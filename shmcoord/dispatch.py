@@ -1,0 +1,411 @@
+"""Sending by load: a call acquires a lease, sends the request to its node, and releases.
+
+Theory of operation. A lease is one reserved unit of a node's capacity. It is acquired before
+anything is sent and given back on every way out: response, error, cancellation, abandonment.
+When a node turns out to be unreachable, the request goes to another one, each node at most once
+per call. The rule that is never bent: a request that may have been executed is not sent again.
+Three things prove that it was not:
+
+- the transport says that nothing was sent (`Unreachable`);
+- the node refused the lease before it did anything (`LeaseLost`);
+- nodes adopt their leases first (`adopts=True`), the connection broke (`ConnectionLost`), and
+  we could free the lease ourselves: it had not been adopted, and now nobody can adopt it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
+from shmcoord.transport import AsyncTransport, ConnectionLost, Transport, Unreachable
+
+if TYPE_CHECKING:
+    from shmcoord.router import Decision, Lease, Router
+
+__all__ = ["AsyncDispatcher", "Attempt", "Dispatcher", "NoneReachable", "ResponseStream"]
+
+# How long a call without a time-out waits for capacity, in seconds.
+_LONGEST_WAIT_S = 3600.0
+
+OnDecision = Callable[["Decision", "Lease"], None]
+
+
+class Attempt(NamedTuple):
+    """One node that a call tried in vain, and why it went elsewhere."""
+
+    node: str
+    endpoint: str
+    error: Exception
+
+
+class NoneReachable(NoBackend):
+    """Every node that the router offered was tried, and none of them executed the request.
+
+    Attributes:
+        tried: The nodes in the order in which they were tried, each with its error.
+    """
+
+    def __init__(self, message: str, tried: tuple[Attempt, ...] = ()) -> None:
+        super().__init__(message)
+        self.tried = tried
+
+
+class _Course:
+    """What one call has tried so far, how much time it has left, and where it may go now."""
+
+    __slots__ = ("_adopts", "_ends", "_group", "_router", "_tried")
+
+    def __init__(self, router: Router, group: str, adopts: bool, timeout_s: float | None) -> None:
+        if timeout_s is not None and math.isnan(timeout_s):
+            raise ValueError("timeout_s is not a number")
+        self._ends = None if timeout_s is None else time.monotonic() + timeout_s
+        self._router = router
+        self._group = group
+        self._adopts = adopts
+        self._tried: list[Attempt] = []
+
+    def left_s(self) -> float | None:
+        """Return the rest of the budget in seconds, None without one.
+
+        Raises:
+            TimeoutError: Nothing is left.
+        """
+        if self._ends is None:
+            return None
+        left_s = self._ends - time.monotonic()
+        if left_s > 0.0:
+            return left_s
+        text = f"the time-out passed before a node of group {self._group} was sent the request"
+        raise TimeoutError(text + self._tried_text())
+
+    def wait_s(self) -> float:
+        """Return how long the next `acquire` may wait for capacity, in seconds."""
+        left_s = self.left_s()
+        return _LONGEST_WAIT_S if left_s is None else min(left_s, _LONGEST_WAIT_S)
+
+    def no_lease(self, error: NoBackend | Saturated) -> NoBackend | Saturated:
+        """Return what the caller shall see when the router gave no lease."""
+        if not self._tried:
+            return error
+        text = f"{error}{self._tried_text()}"
+        if isinstance(error, Saturated):
+            return Saturated(text)
+        return NoneReachable(text, tuple(self._tried))
+
+    def enter(self, lease: Lease) -> None:
+        """Check that the lease's node was not tried before in this call.
+
+        Raises:
+            NoneReachable: It was: the router has nobody else. The lease is released.
+        """
+        if not self._tried:
+            return
+        for attempt in self._tried:
+            if attempt.node == lease.node and attempt.endpoint == lease.endpoint:
+                lease.release()
+                raise NoneReachable(
+                    f"no other node of group {self._group} is to be had{self._tried_text()}",
+                    tuple(self._tried),
+                ) from self._tried[-1].error
+
+    def leave(self, lease: Lease, error: BaseException) -> bool:
+        """Give the lease back after a failure; tell if the request may be sent elsewhere."""
+        ours = lease.release()
+        if not isinstance(error, (Unreachable, LeaseLost, ConnectionLost)):
+            return False
+        if isinstance(error, ConnectionLost) and not (self._adopts and ours):
+            return False
+        self._router.mark_unreachable(lease.backend)
+        # Without its traceback, which would tie this record, the request and the frames
+        # together in a cycle.
+        self._tried.append(Attempt(lease.node, lease.endpoint, error.with_traceback(None)))
+        return True
+
+    def _tried_text(self) -> str:
+        if not self._tried:
+            return ""
+        return "; tried: " + ", ".join(f"{a.node} at {a.endpoint} ({a.error})" for a in self._tried)
+
+
+class Dispatcher:
+    """Sends requests from the calling thread, each to the node that the router picks.
+
+    It may be used by several threads at once if the transport may. It owns neither the router
+    nor the transport: whoever made them closes them.
+    """
+
+    __slots__ = ("_adopts", "_on_decision", "_router", "_transport")
+
+    def __init__(
+        self,
+        router: Router,
+        transport: Transport,
+        *,
+        adopts: bool = False,
+        on_decision: OnDecision | None = None,
+    ) -> None:
+        """Make a dispatcher.
+
+        Args:
+            router: Picks and reserves.
+            transport: Carries the request to the endpoint of the picked node.
+            adopts: Say True if every node adopts the lease before it does anything. Then a
+                broken connection also leads to another node, if the lease had not been adopted.
+            on_decision: Called with the decision and the lease before each sending, for logs.
+                An error that it raises ends the call.
+        """
+        self._router = router
+        self._transport = transport
+        self._adopts = adopts
+        self._on_decision = on_decision
+
+    def call(
+        self,
+        group: str,
+        method: str,
+        request: Any,
+        timeout_s: float | None = None,
+        cost: int = 1,
+    ) -> Any:
+        """Send a request to the least loaded node of a group and return its response.
+
+        Args:
+            group: The nodes that can serve this request.
+            method: What the node shall do, as the transport understands it.
+            request: Passed to the transport.
+            timeout_s: Budget of the whole call in seconds: waiting for capacity, connecting,
+                all attempts. None: no limit for the node, and at most an hour's wait for
+                capacity.
+            cost: How many units of the node's capacity the request takes.
+
+        Raises:
+            NoBackend: Nobody is eligible; as `NoneReachable` after nodes were tried in vain.
+            Saturated: All eligible nodes were at their capacity until the time-out.
+            TimeoutError: The time-out passed; a transport may raise its own error for it.
+            ConnectionLost: The connection broke after the request may have been executed.
+            Exception: Whatever else the transport or the node raised.
+        """
+        course = _Course(self._router, group, self._adopts, timeout_s)
+        explain = self._on_decision is not None
+        while True:
+            try:
+                lease = self._router.acquire(group, course.wait_s(), cost, explain=explain)
+            except (NoBackend, Saturated) as error:
+                raise course.no_lease(error) from error.__cause__
+            course.enter(lease)
+            try:
+                _tell(self._on_decision, lease)
+                response = self._transport.send(
+                    lease.endpoint,
+                    method,
+                    request,
+                    lease=lease.token,
+                    timeout_s=course.left_s(),
+                )
+            except BaseException as error:
+                if not course.leave(lease, error):
+                    raise
+            else:
+                lease.release()
+                return response
+
+
+class AsyncDispatcher:
+    """Sends requests on an event loop, each to the node that the router picks.
+
+    It may be used by many tasks of one loop. It owns neither the router nor the transport.
+    """
+
+    __slots__ = ("_adopts", "_on_decision", "_router", "_transport")
+
+    def __init__(
+        self,
+        router: Router,
+        transport: AsyncTransport,
+        *,
+        adopts: bool = False,
+        on_decision: OnDecision | None = None,
+    ) -> None:
+        """Make a dispatcher; arguments as those of `Dispatcher`."""
+        self._router = router
+        self._transport = transport
+        self._adopts = adopts
+        self._on_decision = on_decision
+
+    async def call(
+        self,
+        group: str,
+        method: str,
+        request: Any,
+        timeout_s: float | None = None,
+        cost: int = 1,
+    ) -> Any:
+        """Send a request and return its response; arguments and errors as `Dispatcher.call`.
+
+        Cancelling it stops the sending, releases the lease and lets the cancellation through.
+        """
+        course = _Course(self._router, group, self._adopts, timeout_s)
+        while True:
+            lease = await self._acquire(course, group, cost)
+            try:
+                _tell(self._on_decision, lease)
+                response = await self._transport.send(
+                    lease.endpoint,
+                    method,
+                    request,
+                    lease=lease.token,
+                    timeout_s=course.left_s(),
+                )
+            except BaseException as error:
+                if not course.leave(lease, error):
+                    raise
+            else:
+                lease.release()
+                return response
+
+    def stream(
+        self,
+        group: str,
+        method: str,
+        request: Any,
+        timeout_s: float | None = None,
+        cost: int = 1,
+    ) -> ResponseStream:
+        """Send a request and return its responses as they come.
+
+        Nothing happens before the first response is asked for; the budget of `timeout_s`
+        seconds runs from then on and covers the whole stream. Another node is tried only before
+        the first response. Other arguments and errors as `Dispatcher.call`, raised by the
+        iteration.
+        """
+        return ResponseStream(self, group, method, request, timeout_s, cost)
+
+    async def _acquire(self, course: _Course, group: str, cost: int) -> Lease:
+        try:
+            lease = await self._router.acquire_async(
+                group, course.wait_s(), cost, explain=self._on_decision is not None
+            )
+        except (NoBackend, Saturated) as error:
+            raise course.no_lease(error) from error.__cause__
+        course.enter(lease)
+        return lease
+
+
+class ResponseStream(AsyncIterator[Any]):
+    """The responses to one request, in the order in which the node sends them.
+
+    The lease is held until the stream ends, fails, is cancelled or closed, or is
+    garbage-collected; leaving an `async for` early is enough, `async with` or `aclose()` makes
+    it exact.
+    """
+
+    __slots__ = (
+        "_args",
+        "_dispatcher",
+        "_ended",
+        "_lease",
+        "_reading",
+        "_responses",
+    )
+
+    def __init__(
+        self,
+        dispatcher: AsyncDispatcher,
+        group: str,
+        method: str,
+        request: Any,
+        timeout_s: float | None,
+        cost: int,
+    ) -> None:
+        self._lease: Lease | None = None
+        self._dispatcher = dispatcher
+        self._args = (group, method, request, timeout_s, cost)
+        self._responses: AsyncIterator[Any] | None = None
+        self._ended = False
+        self._reading = False
+
+    @property
+    def node(self) -> str | None:
+        """Name of the node that answers, None before the first response and after the end."""
+        return None if self._lease is None else self._lease.node
+
+    async def __anext__(self) -> Any:
+        if self._ended:
+            raise StopAsyncIteration
+        if self._reading:
+            raise RuntimeError("two tasks read from the same stream at the same time")
+        self._reading = True
+        try:
+            if self._responses is None:
+                return await self._first()
+            return await self._responses.__anext__()
+        except BaseException as error:
+            await self._end(given_up=not isinstance(error, StopAsyncIteration))
+            raise
+        finally:
+            self._reading = False
+
+    async def aclose(self) -> None:
+        """End the stream: stop the node's work and release the lease. May be repeated."""
+        if self._reading:
+            raise RuntimeError("a stream cannot be closed while another task reads from it")
+        await self._end(given_up=True)
+
+    async def __aenter__(self) -> ResponseStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            with suppress(ShmcoordError):  # in the child of a fork it is the parent's lease
+                lease.release()
+
+    async def _first(self) -> Any:
+        """Find a node that answers and return its first response."""
+        group, method, request, timeout_s, cost = self._args
+        dispatcher = self._dispatcher
+        course = _Course(dispatcher._router, group, dispatcher._adopts, timeout_s)
+        while True:
+            lease = self._lease = await dispatcher._acquire(course, group, cost)
+            try:
+                _tell(dispatcher._on_decision, lease)
+                self._responses = dispatcher._transport.stream(
+                    lease.endpoint,
+                    method,
+                    request,
+                    lease=lease.token,
+                    timeout_s=course.left_s(),
+                )
+                return await self._responses.__anext__()
+            except (Unreachable, LeaseLost, ConnectionLost) as error:
+                self._lease = self._responses = None
+                if not course.leave(lease, error):
+                    raise
+
+    async def _end(self, *, given_up: bool) -> None:
+        """Stop what the transport has under way, then give the lease back."""
+        self._ended = True
+        responses, self._responses = self._responses, None
+        lease, self._lease = self._lease, None
+        try:
+            aclose = getattr(responses, "aclose", None)
+            if given_up and aclose is not None:
+                # What closing has to say is of no use to a caller who has gone, or who is just
+                # being told of the failure itself.
+                with suppress(Exception):
+                    await aclose()
+        finally:
+            if lease is not None:
+                lease.release()
+
+
+def _tell(on_decision: OnDecision | None, lease: Lease) -> None:
+    if on_decision is not None and lease.decision is not None:
+        on_decision(lease.decision, lease)
