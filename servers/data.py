@@ -20,11 +20,8 @@ from typing import IO
 import duckdb
 
 from servers.pb import shmcoord_cluster_pb2 as pb
-from servers.table import TYPES, Row, to_table
+from servers.table import BATCH_ROWS, TYPES, Row, to_tables
 
-BATCH_ROWS = 1000
-# A chunk stays well below gRPC's default limit of 4 MiB for a message.
-BATCH_BYTES = 1 << 20
 # Columns of a partial aggregate: the group, its rows, those with a value, and their sum.
 AGGREGATE_COLUMNS = ("group", "rows", "values", "sum")
 
@@ -227,7 +224,7 @@ class Search:
                 rows: list[Row] = self._cursor.fetchmany(BATCH_ROWS)
             if not rows:
                 return None
-            self._pending = list(reversed(self._tables(rows)))
+            self._pending = to_tables(self._names, self._types, rows)[::-1]
         table = self._pending.pop()
         self.sent += table.rows
         return table
@@ -280,14 +277,6 @@ class Search:
             f"FROM part WHERE {where} GROUP BY 1 ORDER BY 1 NULLS LAST",
             arguments,
         )
-
-    def _tables(self, rows: Sequence[Row]) -> list[pb.Table]:
-        """The rows as tables of at most BATCH_BYTES, unless a single row is larger."""
-        table = to_table(self._names, self._types, rows)
-        if len(rows) == 1 or table.ByteSize() <= BATCH_BYTES:
-            return [table]
-        middle = len(rows) // 2
-        return [*self._tables(rows[:middle]), *self._tables(rows[middle:])]
 
 
 def _open_csv(path: Path) -> IO[bytes]:

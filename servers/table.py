@@ -17,6 +17,19 @@ _FIELDS: dict[str, tuple[str, Value]] = {
 }
 TYPES = tuple(_FIELDS)
 
+BATCH_ROWS = 1000
+# A message stays well below gRPC's default limit of 4 MiB.
+BATCH_BYTES = 1 << 20
+
+
+def to_tables(names: Sequence[str], types: Sequence[str], rows: Sequence[Row]) -> list[pb.Table]:
+    """Rows as tables of at most BATCH_ROWS and BATCH_BYTES, unless one row alone is larger."""
+    table = to_table(names, types, rows) if len(rows) <= BATCH_ROWS else None
+    if table is not None and (len(rows) <= 1 or table.ByteSize() <= BATCH_BYTES):
+        return [table]
+    middle = len(rows) // 2
+    return [*to_tables(names, types, rows[:middle]), *to_tables(names, types, rows[middle:])]
+
 
 def to_table(names: Sequence[str], types: Sequence[str], rows: Sequence[Row]) -> pb.Table:
     """Rows as columns; `types` are words of TYPES, None is null."""

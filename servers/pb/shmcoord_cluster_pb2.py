@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!servers/pb/shmcoord_cluster.proto\x12\x13shmcoord.cluster.v1\"N\n\x0cQueryRequest\x12\r\n\x05words\x18\x01 \x03(\t\x12\r\n\x05teams\x18\x02 \x03(\t\x12\r\n\x05limit\x18\x03 \x01(\x04\x12\x11\n\taggregate\x18\x04 \x01(\x08\"|\n\nQueryChunk\x12\x30\n\x04rows\x18\x01 \x01(\x0b\x32 .shmcoord.cluster.v1.ServedTableH\x00\x12\x34\n\x07summary\x18\x02 \x01(\x0b\x32!.shmcoord.cluster.v1.QuerySummaryH\x00\x42\x06\n\x04kind\"T\n\x0bServedTable\x12\x0c\n\x04team\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12)\n\x05table\x18\x03 \x01(\x0b\x32\x1a.shmcoord.cluster.v1.Table\"o\n\x0cQuerySummary\x12/\n\x05parts\x18\x01 \x03(\x0b\x32 .shmcoord.cluster.v1.PartSummary\x12\x0f\n\x07matched\x18\x02 \x01(\x04\x12\x0c\n\x04sent\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\">\n\x0bPartRequest\x12\r\n\x05words\x18\x01 \x03(\t\x12\r\n\x05limit\x18\x02 \x01(\x04\x12\x11\n\taggregate\x18\x03 \x01(\x08\"u\n\tPartChunk\x12+\n\x05table\x18\x01 \x01(\x0b\x32\x1a.shmcoord.cluster.v1.TableH\x00\x12\x33\n\x07summary\x18\x02 \x01(\x0b\x32 .shmcoord.cluster.v1.PartSummaryH\x00\x42\x06\n\x04kind\"Y\n\x0bPartSummary\x12\x0c\n\x04team\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07matched\x18\x03 \x01(\x04\x12\x0c\n\x04sent\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"C\n\x05Table\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12,\n\x07\x63olumns\x18\x02 \x03(\x0b\x32\x1b.shmcoord.cluster.v1.Column\"\x81\x02\n\x06\x43olumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x06int64s\x18\x02 \x01(\x0b\x32 .shmcoord.cluster.v1.Int64ValuesH\x00\x12\x34\n\x07\x64oubles\x18\x03 \x01(\x0b\x32!.shmcoord.cluster.v1.DoubleValuesH\x00\x12\x34\n\x07strings\x18\x04 \x01(\x0b\x32!.shmcoord.cluster.v1.StringValuesH\x00\x12\x30\n\x05\x62ools\x18\x05 \x01(\x0b\x32\x1f.shmcoord.cluster.v1.BoolValuesH\x00\x12\r\n\x05valid\x18\x06 \x03(\x08\x42\x08\n\x06values\"\x1d\n\x0bInt64Values\x12\x0e\n\x06values\x18\x01 \x03(\x12\"\x1e\n\x0c\x44oubleValues\x12\x0e\n\x06values\x18\x01 \x03(\x01\"\x1e\n\x0cStringValues\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x1c\n\nBoolValues\x12\x0e\n\x06values\x18\x01 \x03(\x08\"\x12\n\x10GetStatusRequest\"\xb7\x02\n\nNodeStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04team\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\x0f\n\x07segment\x18\x05 \x01(\t\x12-\n\x05state\x18\x06 \x01(\x0e\x32\x1e.shmcoord.cluster.v1.NodeState\x12\x10\n\x08inflight\x18\x07 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x08 \x01(\r\x12\x0e\n\x06served\x18\t \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\x04\x12\x11\n\tlatency_s\x18\x0b \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x0c \x01(\x04\x12\x13\n\x0b\x63pu_percent\x18\r \x01(\x01\x12\x10\n\x08uptime_s\x18\x0e \x01(\x01\x12\x0b\n\x03pid\x18\x0f \x01(\x04\x12\x0c\n\x04rows\x18\x10 \x01(\x04\"!\n\x0fShutdownRequest\x12\x0e\n\x06secret\x18\x01 \x01(\t\"\x0f\n\rShutdownReply*\x83\x01\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fNODE_STATE_IDLE\x10\x01\x12\x13\n\x0fNODE_STATE_BUSY\x10\x02\x12\x17\n\x13NODE_STATE_DRAINING\x10\x03\x12\x17\n\x13NODE_STATE_SHUTDOWN\x10\x04\x32X\n\x07Gateway\x12M\n\x05Query\x12!.shmcoord.cluster.v1.QueryRequest\x1a\x1f.shmcoord.cluster.v1.QueryChunk0\x01\x32\xff\x01\n\x04Node\x12L\n\x06\x41nswer\x12 .shmcoord.cluster.v1.PartRequest\x1a\x1e.shmcoord.cluster.v1.PartChunk0\x01\x12S\n\tGetStatus\x12%.shmcoord.cluster.v1.GetStatusRequest\x1a\x1f.shmcoord.cluster.v1.NodeStatus\x12T\n\x08Shutdown\x12$.shmcoord.cluster.v1.ShutdownRequest\x1a\".shmcoord.cluster.v1.ShutdownReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!servers/pb/shmcoord_cluster.proto\x12\x13shmcoord.cluster.v1\"N\n\x0cQueryRequest\x12\r\n\x05words\x18\x01 \x03(\t\x12\r\n\x05teams\x18\x02 \x03(\t\x12\r\n\x05limit\x18\x03 \x01(\x04\x12\x11\n\taggregate\x18\x04 \x01(\x08\"|\n\nQueryChunk\x12\x30\n\x04rows\x18\x01 \x01(\x0b\x32 .shmcoord.cluster.v1.ServedTableH\x00\x12\x34\n\x07summary\x18\x02 \x01(\x0b\x32!.shmcoord.cluster.v1.QuerySummaryH\x00\x42\x06\n\x04kind\"T\n\x0bServedTable\x12\x0c\n\x04team\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12)\n\x05table\x18\x03 \x01(\x0b\x32\x1a.shmcoord.cluster.v1.Table\"o\n\x0cQuerySummary\x12/\n\x05parts\x18\x01 \x03(\x0b\x32 .shmcoord.cluster.v1.PartSummary\x12\x0f\n\x07matched\x18\x02 \x01(\x04\x12\x0c\n\x04sent\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\">\n\x0bPartRequest\x12\r\n\x05words\x18\x01 \x03(\t\x12\r\n\x05limit\x18\x02 \x01(\x04\x12\x11\n\taggregate\x18\x03 \x01(\x08\"\x83\x01\n\tPartChunk\x12\x0c\n\x04node\x18\x01 \x01(\t\x12+\n\x05table\x18\x02 \x01(\x0b\x32\x1a.shmcoord.cluster.v1.TableH\x00\x12\x33\n\x07summary\x18\x03 \x01(\x0b\x32 .shmcoord.cluster.v1.PartSummaryH\x00\x42\x06\n\x04kind\"Y\n\x0bPartSummary\x12\x0c\n\x04team\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0f\n\x07matched\x18\x03 \x01(\x04\x12\x0c\n\x04sent\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"C\n\x05Table\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12,\n\x07\x63olumns\x18\x02 \x03(\x0b\x32\x1b.shmcoord.cluster.v1.Column\"\x81\x02\n\x06\x43olumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x06int64s\x18\x02 \x01(\x0b\x32 .shmcoord.cluster.v1.Int64ValuesH\x00\x12\x34\n\x07\x64oubles\x18\x03 \x01(\x0b\x32!.shmcoord.cluster.v1.DoubleValuesH\x00\x12\x34\n\x07strings\x18\x04 \x01(\x0b\x32!.shmcoord.cluster.v1.StringValuesH\x00\x12\x30\n\x05\x62ools\x18\x05 \x01(\x0b\x32\x1f.shmcoord.cluster.v1.BoolValuesH\x00\x12\r\n\x05valid\x18\x06 \x03(\x08\x42\x08\n\x06values\"\x1d\n\x0bInt64Values\x12\x0e\n\x06values\x18\x01 \x03(\x12\"\x1e\n\x0c\x44oubleValues\x12\x0e\n\x06values\x18\x01 \x03(\x01\"\x1e\n\x0cStringValues\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x1c\n\nBoolValues\x12\x0e\n\x06values\x18\x01 \x03(\x08\"\x12\n\x10GetStatusRequest\"\xb7\x02\n\nNodeStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04team\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\x12\x0f\n\x07segment\x18\x05 \x01(\t\x12-\n\x05state\x18\x06 \x01(\x0e\x32\x1e.shmcoord.cluster.v1.NodeState\x12\x10\n\x08inflight\x18\x07 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x08 \x01(\r\x12\x0e\n\x06served\x18\t \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\x04\x12\x11\n\tlatency_s\x18\x0b \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x0c \x01(\x04\x12\x13\n\x0b\x63pu_percent\x18\r \x01(\x01\x12\x10\n\x08uptime_s\x18\x0e \x01(\x01\x12\x0b\n\x03pid\x18\x0f \x01(\x04\x12\x0c\n\x04rows\x18\x10 \x01(\x04\"!\n\x0fShutdownRequest\x12\x0e\n\x06secret\x18\x01 \x01(\t\"\x0f\n\rShutdownReply*\x83\x01\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fNODE_STATE_IDLE\x10\x01\x12\x13\n\x0fNODE_STATE_BUSY\x10\x02\x12\x17\n\x13NODE_STATE_DRAINING\x10\x03\x12\x17\n\x13NODE_STATE_SHUTDOWN\x10\x04\x32X\n\x07Gateway\x12M\n\x05Query\x12!.shmcoord.cluster.v1.QueryRequest\x1a\x1f.shmcoord.cluster.v1.QueryChunk0\x01\x32\xff\x01\n\x04Node\x12L\n\x06\x41nswer\x12 .shmcoord.cluster.v1.PartRequest\x1a\x1e.shmcoord.cluster.v1.PartChunk0\x01\x12S\n\tGetStatus\x12%.shmcoord.cluster.v1.GetStatusRequest\x1a\x1f.shmcoord.cluster.v1.NodeStatus\x12T\n\x08Shutdown\x12$.shmcoord.cluster.v1.ShutdownRequest\x1a\".shmcoord.cluster.v1.ShutdownReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'servers.pb.shmcoord_cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODESTATE']._serialized_start=1578
-  _globals['_NODESTATE']._serialized_end=1709
+  _globals['_NODESTATE']._serialized_start=1593
+  _globals['_NODESTATE']._serialized_end=1724
   _globals['_QUERYREQUEST']._serialized_start=58
   _globals['_QUERYREQUEST']._serialized_end=136
   _globals['_QUERYCHUNK']._serialized_start=138
@@ -43,32 +43,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUERYSUMMARY']._serialized_end=461
   _globals['_PARTREQUEST']._serialized_start=463
   _globals['_PARTREQUEST']._serialized_end=525
-  _globals['_PARTCHUNK']._serialized_start=527
-  _globals['_PARTCHUNK']._serialized_end=644
-  _globals['_PARTSUMMARY']._serialized_start=646
-  _globals['_PARTSUMMARY']._serialized_end=735
-  _globals['_TABLE']._serialized_start=737
-  _globals['_TABLE']._serialized_end=804
-  _globals['_COLUMN']._serialized_start=807
-  _globals['_COLUMN']._serialized_end=1064
-  _globals['_INT64VALUES']._serialized_start=1066
-  _globals['_INT64VALUES']._serialized_end=1095
-  _globals['_DOUBLEVALUES']._serialized_start=1097
-  _globals['_DOUBLEVALUES']._serialized_end=1127
-  _globals['_STRINGVALUES']._serialized_start=1129
-  _globals['_STRINGVALUES']._serialized_end=1159
-  _globals['_BOOLVALUES']._serialized_start=1161
-  _globals['_BOOLVALUES']._serialized_end=1189
-  _globals['_GETSTATUSREQUEST']._serialized_start=1191
-  _globals['_GETSTATUSREQUEST']._serialized_end=1209
-  _globals['_NODESTATUS']._serialized_start=1212
-  _globals['_NODESTATUS']._serialized_end=1523
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1525
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1558
-  _globals['_SHUTDOWNREPLY']._serialized_start=1560
-  _globals['_SHUTDOWNREPLY']._serialized_end=1575
-  _globals['_GATEWAY']._serialized_start=1711
-  _globals['_GATEWAY']._serialized_end=1799
-  _globals['_NODE']._serialized_start=1802
-  _globals['_NODE']._serialized_end=2057
+  _globals['_PARTCHUNK']._serialized_start=528
+  _globals['_PARTCHUNK']._serialized_end=659
+  _globals['_PARTSUMMARY']._serialized_start=661
+  _globals['_PARTSUMMARY']._serialized_end=750
+  _globals['_TABLE']._serialized_start=752
+  _globals['_TABLE']._serialized_end=819
+  _globals['_COLUMN']._serialized_start=822
+  _globals['_COLUMN']._serialized_end=1079
+  _globals['_INT64VALUES']._serialized_start=1081
+  _globals['_INT64VALUES']._serialized_end=1110
+  _globals['_DOUBLEVALUES']._serialized_start=1112
+  _globals['_DOUBLEVALUES']._serialized_end=1142
+  _globals['_STRINGVALUES']._serialized_start=1144
+  _globals['_STRINGVALUES']._serialized_end=1174
+  _globals['_BOOLVALUES']._serialized_start=1176
+  _globals['_BOOLVALUES']._serialized_end=1204
+  _globals['_GETSTATUSREQUEST']._serialized_start=1206
+  _globals['_GETSTATUSREQUEST']._serialized_end=1224
+  _globals['_NODESTATUS']._serialized_start=1227
+  _globals['_NODESTATUS']._serialized_end=1538
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1540
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1573
+  _globals['_SHUTDOWNREPLY']._serialized_start=1575
+  _globals['_SHUTDOWNREPLY']._serialized_end=1590
+  _globals['_GATEWAY']._serialized_start=1726
+  _globals['_GATEWAY']._serialized_end=1814
+  _globals['_NODE']._serialized_start=1817
+  _globals['_NODE']._serialized_end=2072
 # @@protoc_insertion_point(module_scope)

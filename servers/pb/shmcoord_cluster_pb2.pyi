@@ -73,12 +73,14 @@ class PartRequest(_message.Message):
     def __init__(self, words: _Optional[_Iterable[str]] = ..., limit: _Optional[int] = ..., aggregate: _Optional[bool] = ...) -> None: ...
 
 class PartChunk(_message.Message):
-    __slots__ = ("table", "summary")
+    __slots__ = ("node", "table", "summary")
+    NODE_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    node: str
     table: Table
     summary: PartSummary
-    def __init__(self, table: _Optional[_Union[Table, _Mapping]] = ..., summary: _Optional[_Union[PartSummary, _Mapping]] = ...) -> None: ...
+    def __init__(self, node: _Optional[str] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., summary: _Optional[_Union[PartSummary, _Mapping]] = ...) -> None: ...
 
 class PartSummary(_message.Message):
     __slots__ = ("team", "node", "matched", "sent", "seconds")

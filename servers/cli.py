@@ -1,0 +1,291 @@
+"""The commands of `python -m servers`."""
+
+import asyncio
+import functools
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from servers import client, config, view
+from servers.pb import shmcoord_cluster_pb2 as pb
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_EXIT_CODES = """
+\b
+Exit codes: 0 all went well; 1 something failed at run time (nobody there, refused, too late,
+a port taken, a node that died); 2 wrong usage or configuration.
+"""
+
+
+class Loader:
+    """The cluster's file with its overrides, as options and for other processes."""
+
+    def __init__(self, file: Path | None, base_port: int | None, suffix: str) -> None:
+        self._file = file
+        self._base_port = base_port
+        self._suffix = suffix
+
+    def load(self, *, base_port: int | None = None, suffix: str | None = None) -> config.Cluster:
+        """Reads the cluster; the arguments replace what the command line said."""
+        self._base_port = self._base_port if base_port is None else base_port
+        self._suffix = self._suffix if suffix is None else suffix
+        return config.load(self._file, base_port=self._base_port, segment_suffix=self._suffix)
+
+    @property
+    def overridden(self) -> bool:
+        """Whether the user chose ports or segments."""
+        return self._base_port is not None or bool(self._suffix)
+
+    def arguments(self) -> list[str]:
+        """Options that make another process read the same cluster."""
+        found = [f"--segment-suffix={self._suffix}"]
+        if self._file is not None:
+            found.append(f"--config={self._file.resolve()}")
+        if self._base_port is not None:
+            found.append(f"--base-port={self._base_port}")
+        return found
+
+
+def cluster_options(command: F) -> F:
+    """Adds the options that say which cluster is meant."""
+
+    @functools.wraps(command)  # also takes over the options that stand below this one
+    def with_loader(
+        config_file: Path | None, base_port: int | None, segment_suffix: str, **others: Any
+    ) -> Any:
+        return command(Loader(config_file, base_port, segment_suffix), **others)
+
+    for option in (
+        click.option(
+            "--segment-suffix",
+            envvar=config.SEGMENT_SUFFIX_VARIABLE,
+            default="",
+            show_envvar=True,
+            help="Appended to every segment's name, to run beside another cluster.",
+        ),
+        click.option(
+            "--base-port",
+            envvar=config.BASE_PORT_VARIABLE,
+            type=click.IntRange(1, 65535),
+            show_envvar=True,
+            help="Moves all ports so that the lowest is this one.",
+        ),
+        click.option(
+            "--config",
+            "config_file",
+            envvar=config.CONFIG_VARIABLE,
+            type=click.Path(path_type=Path, dir_okay=False),
+            show_envvar=True,
+            help="The TOML file of the cluster; the default is the six nodes A to F.",
+        ),
+    ):
+        with_loader = option(with_loader)
+    return with_loader  # type: ignore[return-value]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXIT_CODES)
+def main() -> None:
+    """The reference cluster of shmcoord: six gRPC nodes that route by live load."""
+
+
+@main.command()
+@click.option("--server", default="localhost:50050", show_default=True, help="The gateway.")
+@click.option("--query", "text", default="", help="Words; a row matches if it has all of them.")
+@click.option("--team", "teams", multiple=True, help="Ask only this team; may be repeated.")
+@click.option(
+    "--limit",
+    type=click.IntRange(0),
+    default=20,
+    show_default=True,
+    help="Most rows to get, 0 for all.",
+)
+@click.option("--aggregate", is_flag=True, help="Count and mean by group instead of rows.")
+@click.option(
+    "--count", type=click.IntRange(1), default=1, show_default=True, help="How many times to ask."
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="How many of them at once.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds for one query.",
+)
+def query(
+    server: str,
+    text: str,
+    teams: tuple[str, ...],
+    limit: int,
+    aggregate: bool,
+    count: int,
+    concurrency: int,
+    timeout_s: float,
+) -> None:
+    """Asks the gateway for rows, or for the aggregate."""
+    request = pb.QueryRequest(words=text.split(), teams=teams, limit=limit, aggregate=aggregate)
+    console, errors = Console(), Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+        disable=count == 1 or not errors.is_terminal,
+    ) as progress:
+        task = progress.add_task("queries", total=count)
+        report = _run(
+            client.ask_many(
+                server,
+                request,
+                count=count,
+                concurrency=concurrency,
+                timeout_s=timeout_s,
+                on_done=lambda: progress.advance(task),
+            )
+        )
+    if report.first is not None:
+        view.show_rows(console, report.first)
+        view.show_summary(console, report.first, aggregate)
+    view.show_report(console, report)
+    view.show_errors(errors, report)
+    sys.exit(1 if report.errors else 0)
+
+
+@main.command()
+@cluster_options
+def up(loader: Loader) -> None:
+    """Starts all nodes and shows their logs; Ctrl-C drains and stops them."""
+    from servers.up import run_up
+
+    cluster = _loaded(loader)
+    sys.exit(_run(run_up(cluster, loader.arguments(), Console())))
+
+
+@main.command()
+@cluster_options
+@click.argument("name")
+@click.option("--die-with", type=int, hidden=True, help="End when this parent process ends.")
+def node(loader: Loader, name: str, die_with: int | None) -> None:
+    """Runs one node in the foreground; SIGTERM or Ctrl-C drains and stops it."""
+    import shmcoord
+    from servers import log
+    from servers.data import DataError
+    from servers.node import NodeError, run
+    from servers.node import die_with as bind_to
+
+    cluster = _loaded(loader)
+    if name not in cluster.nodes:
+        raise click.UsageError(f"no node {name!r}; nodes are {', '.join(cluster.nodes)}")
+    log.to_stderr(name)
+    try:
+        if die_with is not None:
+            bind_to(die_with)
+        asyncio.run(run(cluster, name))
+    except config.ConfigError as error:
+        _fail(f"[{name}] {error}", 2)
+    except (NodeError, DataError, shmcoord.ShmcoordError, OSError) as error:
+        _fail(f"[{name}] Error: {error}")
+
+
+@main.command()
+@cluster_options
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Seconds for each node.",
+)
+def status(loader: Loader, timeout_s: float) -> None:
+    """Asks every node for its status by RPC; the exit code is 1 if one does not answer."""
+    cluster = _loaded(loader)
+
+    async def one(name: str) -> pb.NodeStatus | str:
+        try:
+            return await client.node_status(cluster.endpoint(name), timeout_s)
+        except client.QueryError as error:
+            return error.code.name
+
+    async def every() -> list[pb.NodeStatus | str]:
+        return await asyncio.gather(*(one(name) for name in cluster.nodes))
+
+    statuses = dict(zip(cluster.nodes, _run(every()), strict=True))
+    view.show_status(Console(), cluster, statuses)
+    sys.exit(1 if any(isinstance(status, str) for status in statuses.values()) else 0)
+
+
+@main.command()
+@cluster_options
+@click.argument("name")
+@click.option(
+    "--secret",
+    envvar="SHMCOORD_CLUSTER_SECRET",
+    prompt=True,
+    hide_input=True,
+    show_envvar=True,
+    help="The shutdown_secret of the configuration.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="Seconds for the call.",
+)
+def shutdown(loader: Loader, name: str, secret: str, timeout_s: float) -> None:
+    """Asks one node to drain and end; works only where the configuration has a secret."""
+    cluster = _loaded(loader)
+    if name not in cluster.nodes:
+        raise click.UsageError(f"no node {name!r}; nodes are {', '.join(cluster.nodes)}")
+    try:
+        _run(client.shut_down(cluster.endpoint(name), secret, timeout_s))
+    except client.QueryError as error:
+        _fail(str(error))
+
+
+@main.command()
+@cluster_options
+def demo(loader: Loader) -> None:
+    """Starts everything, shows it at work on real data, stops it, and checks that it is gone."""
+    from servers.demo import run_demo
+
+    sys.exit(_run(run_demo(loader, Console())))
+
+
+def _loaded(loader: Loader) -> config.Cluster:
+    try:
+        return loader.load()
+    except config.ConfigError as error:
+        _fail(str(error), 2)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs an event loop; Ctrl-C is no error that needs a traceback."""
+    try:
+        return asyncio.run(work)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except config.ConfigError as error:
+        _fail(str(error), 2)
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    click.echo(message, err=True)
+    sys.exit(code)

@@ -1,0 +1,242 @@
+"""One node of the cluster: a process that serves its team's part of the data.
+
+Its life: take the port, load the rows, join the host's segment, serve; on SIGTERM or SIGINT
+drain (DRAINING, then health NOT_SERVING, running requests finish), show SHUTDOWN, give the slot
+back. A second signal ends the grace period.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import shmcoord
+from servers.answering import NodeService, Serving
+from servers.config import Cluster
+from servers.data import Dataset
+from servers.gateway import GatewayService
+from servers.pb import shmcoord_cluster_pb2 as pb
+from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
+from shmcoord.dispatch import AsyncDispatcher
+from shmcoord.transport.grpc import AsyncGrpcTransport
+
+log = logging.getLogger("servers.node")
+
+NODE_SERVICE = pb.DESCRIPTOR.services_by_name["Node"].full_name
+GATEWAY_SERVICE = pb.DESCRIPTOR.services_by_name["Gateway"].full_name
+
+# Otherwise gRPC shares a taken port silently.
+_SERVER_OPTIONS = [("grpc.so_reuseport", 0)]
+# While it drains, a node looks this often whether it is done; in seconds.
+_DRAIN_LOOK_S = 0.02
+# What still runs after that are watchers of its health, and whoever came at the last moment.
+_LAST_CALLS_S = 0.2
+
+
+class NodeError(Exception):
+    """The node cannot run; the message says why."""
+
+
+class Probes(Protocol):
+    """What the node needs of gRPC's health service."""
+
+    async def set(self, service: str, status: object) -> None:
+        """Says how a service is; "" means the whole process."""
+
+    async def enter_graceful_shutdown(self) -> None:
+        """Says NOT_SERVING for all, for good."""
+
+
+class _Stop:
+    """Who wants the node to end, and how often they said so."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    def ask(self) -> None:
+        if self.asked.is_set():
+            self.hurry.set()
+        self.asked.set()
+
+
+async def run(cluster: Cluster, name: str) -> None:
+    """Serves until a signal or the Shutdown call ends it.
+
+    Raises:
+        NodeError: the port is taken.
+        DataError, ConfigError, shmcoord.ShmcoordError: what the node needs is not to be had.
+    """
+    stop = _Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.ask)
+    service = NodeService(cluster, name, stop.ask)
+    probes: Probes = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    async with contextlib.AsyncExitStack() as stack:
+        # The port comes first: whoever has it already is then not disturbed by anything else.
+        server = _bound_server(cluster, name)
+        stack.push_async_callback(server.stop, None)
+        dataset = await asyncio.to_thread(_load, cluster, name)
+        stack.callback(dataset.close)
+        pool = ThreadPoolExecutor(cluster.capacity(name), thread_name_prefix="search")
+        stack.callback(pool.shutdown)
+        segments = _open_segments(stack, cluster, name)
+        gateway = _gateway(stack, cluster) if name == cluster.leader else None
+        services = await _add_services(server, service, gateway, probes)
+        await server.start()
+        node = _join(cluster, name, segments[cluster.segment(name)])
+        stack.callback(node.leave)
+        node.publish(rows=dataset.rows)
+        service.serving = Serving(node, dataset, pool)
+        for known in services:
+            await probes.set(known, health_pb2.HealthCheckResponse.SERVING)
+        log.info("Serving team %s on %s", cluster.nodes[name].team, cluster.endpoint(name))
+        await stop.asked.wait()
+        await probes.enter_graceful_shutdown()
+        backend = segments[cluster.segment(name)].backend(name)
+        await _drain(cluster, node, service, gateway, backend, stop)
+        await server.stop(_LAST_CALLS_S)
+        node.shutdown()
+    log.info("Stopped")
+
+
+def die_with(parent: int) -> None:
+    """Makes the kernel end this process (SIGTERM) when its parent ends, however it ends."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before we asked
+        raise NodeError("the process that started this node is gone")
+
+
+def _bound_server(cluster: Cluster, name: str) -> grpc.aio.Server:
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    endpoint = cluster.endpoint(name)
+    try:
+        bound = server.add_insecure_port(endpoint)
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise NodeError(
+            f"cannot listen on {endpoint}: the port is taken, or the address is not of this host"
+        )
+    return server
+
+
+def _load(cluster: Cluster, name: str) -> Dataset:
+    begun = time.monotonic()
+    data = cluster.data
+    dataset = Dataset(
+        cluster.data_file(),
+        cluster.part(name),
+        nulls=data.nulls,
+        group_by=data.group_by,
+        mean=data.mean,
+    )
+    log.info(
+        "Loaded %s of %s rows in %.1f s",
+        f"{dataset.rows:,}",
+        f"{dataset.total_rows:,}",
+        time.monotonic() - begun,
+    )
+    return dataset
+
+
+def _open_segments(
+    stack: contextlib.AsyncExitStack, cluster: Cluster, name: str
+) -> dict[str, shmcoord.Segment]:
+    """This node's segment; the gateway, which routes over all of them, opens all."""
+    segments = {}
+    wanted = cluster.segments if name == cluster.leader else (cluster.segment(name),)
+    for segment in wanted:
+        log.info("Initializing shared memory: %s", segment)
+        segments[segment] = stack.enter_context(shmcoord.Segment.open(segment))
+    log.info("Shared memory initialized successfully")
+    return segments
+
+
+def _join(cluster: Cluster, name: str, segment: shmcoord.Segment) -> shmcoord.Node:
+    settings = cluster.nodes[name]
+    node = segment.join(
+        name,
+        group=settings.team,
+        endpoint=cluster.endpoint(name),
+        capacity=cluster.capacity(name),
+        weight=settings.weight,
+        interval_s=cluster.heartbeat_s(name),
+        gauges=("rows",),
+    )
+    log.info("Shared memory update thread started")
+    return node
+
+
+def _gateway(stack: contextlib.AsyncExitStack, cluster: Cluster) -> GatewayService:
+    router = shmcoord.Router(*cluster.segments)
+    stack.callback(router.close)
+    transport = AsyncGrpcTransport(stub=pb_grpc.NodeStub)
+    stack.push_async_callback(transport.close)
+    dispatcher = AsyncDispatcher(router, transport, adopts=True, on_decision=_log_decision)
+    return GatewayService(cluster, dispatcher)
+
+
+def _log_decision(decision: shmcoord.Decision, lease: shmcoord.Lease) -> None:
+    for line in str(decision).splitlines():
+        log.info(line)
+
+
+async def _add_services(
+    server: grpc.aio.Server,
+    service: NodeService,
+    gateway: GatewayService | None,
+    probes: Probes,
+) -> list[str]:
+    """Registers everything; returns the names whose health is told, "" meaning the process."""
+    services = ["", NODE_SERVICE]
+    pb_grpc.add_NodeServicer_to_server(service, server)
+    if gateway is not None:
+        services.append(GATEWAY_SERVICE)
+        pb_grpc.add_GatewayServicer_to_server(gateway, server)
+    health_pb2_grpc.add_HealthServicer_to_server(probes, server)
+    for known in services:
+        await probes.set(known, health_pb2.HealthCheckResponse.NOT_SERVING)
+    reflection.enable_server_reflection(
+        [*services[1:], health.SERVICE_NAME, reflection.SERVICE_NAME], server
+    )
+    return services
+
+
+async def _drain(
+    cluster: Cluster,
+    node: shmcoord.Node,
+    service: NodeService,
+    gateway: GatewayService | None,
+    backend: shmcoord.Backend,
+    stop: _Stop,
+) -> None:
+    """Takes no new work, and waits for the old: no longer than the grace period, and no longer
+    than until a second signal."""
+    ends = time.monotonic() + cluster.cluster.grace_s
+    node.drain()
+    service.draining = True
+    if gateway is not None:
+        gateway.draining = True
+    log.info("Draining: %d requests are running", service.load.inflight)
+    # The queue that others see also holds leases that were reserved before the drain and whose
+    # requests are still on their way.
+    while service.load.inflight or backend.queue or (gateway is not None and gateway.running):
+        left_s = ends - time.monotonic()
+        if left_s <= 0 or stop.hurry.is_set():
+            log.warning("Stopping with %d requests unfinished", service.load.inflight)
+            return
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(stop.hurry.wait(), min(_DRAIN_LOOK_S, left_s))

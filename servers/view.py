@@ -1,0 +1,204 @@
+"""What the commands print: tables that fit a terminal, and are complete when piped."""
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from servers.client import Answer, Report
+from servers.config import Cluster
+from servers.pb import shmcoord_cluster_pb2 as pb
+from servers.table import Value
+
+_NODE_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+# What a column takes beside its text.
+_PADDING = 3
+
+
+def node_styles(cluster: Cluster) -> dict[str, str]:
+    """A colour for each node."""
+    return {
+        name: _NODE_COLOURS[index % len(_NODE_COLOURS)] for index, name in enumerate(cluster.nodes)
+    }
+
+
+def show_log(console: Console, line: str, style: str) -> None:
+    """One line of a node's log, its `[A]` in the node's colour."""
+    prefix, bracket, message = _printable(line).partition("]")
+    text = Text(prefix + bracket, style=f"bold {style}") + Text(message)
+    if "Load-aware routing selected" in message:
+        text.stylize("bold", len(prefix + bracket))
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def show_rows(console: Console, answer: Answer) -> None:
+    """The rows of an answer, as many columns as the terminal has room for."""
+    if not answer.rows:
+        return
+    cells = [[_text(value) for value in row] for row in answer.rows]
+    widths = [
+        max([len(name), *(len(row[place]) for row in cells)]) + _PADDING
+        for place, name in enumerate(answer.names)
+    ]
+    shown = _fitting(widths, console.width) if console.is_terminal else len(widths)
+    table = _table()
+    for place, name in enumerate(answer.names[:shown]):
+        numbers = all(_is_number(row[place]) for row in answer.rows)
+        table.add_column(_printable(name), justify="right" if numbers else "left", no_wrap=True)
+    for row, texts in zip(answer.rows, cells, strict=True):
+        table.add_row(
+            *(
+                Text(text, style="dim" if value is None else "")
+                for value, text in list(zip(row, texts, strict=True))[:shown]
+            )
+        )
+    _print_whole(console, table, sum(widths) + _PADDING)
+    if shown < len(widths):
+        hidden = ", ".join(answer.names[shown:])
+        console.print(
+            Text(f"{len(widths) - shown} more columns: {_printable(hidden)}", style="dim")
+        )
+
+
+def show_summary(console: Console, answer: Answer, aggregate: bool) -> None:
+    """How many rows matched, and who served each part."""
+    summary = answer.summary
+    served = " · ".join(
+        f"{part.team} by {part.node}: {part.matched:,} in {part.seconds * 1e3:.0f} ms"
+        for part in summary.parts
+    )
+    rows = f"{summary.matched:,} rows match"
+    if aggregate:
+        rows += f", in {summary.sent:,} groups"
+    elif summary.sent < summary.matched:
+        rows += f", {summary.sent:,} shown"
+    console.print(Text(f"{rows}  ({served})"), soft_wrap=True)
+
+
+def show_report(console: Console, report: Report) -> None:
+    """Who served, and how long the answers took."""
+    table = _table(title="Served by")
+    table.add_column("team")
+    table.add_column("node")
+    table.add_column("parts", justify="right")
+    for (team, node), parts in sorted(report.served.items()):
+        table.add_row(team, node, f"{parts:,}")
+    if report.served:
+        _print_whole(console, table, 40)
+    if report.answered:
+        latencies = "  ".join(
+            f"p{percentile} {report.latency_s(percentile) * 1e3:.1f} ms"
+            for percentile in (50, 90, 99)
+        )
+        console.print(
+            Text(
+                f"{report.answered:,} answered in {report.seconds:.2f} s"
+                f"  ({report.answered / max(report.seconds, 1e-9):,.0f}/s)   latency  {latencies}"
+            ),
+            soft_wrap=True,
+        )
+
+
+def show_errors(console: Console, report: Report) -> None:
+    """What failed, each message once, with how often."""
+    for message, times in report.errors.most_common():
+        often = f"{times:,} × " if times > 1 else ""
+        console.print(Text(f"{often}{_printable(message)}", style="red"), soft_wrap=True)
+
+
+def show_status(
+    console: Console, cluster: Cluster, statuses: Mapping[str, pb.NodeStatus | str]
+) -> None:
+    """A line for each node: its status, or why it gave none."""
+    table = _table()
+    for name, justify in (
+        ("node", "left"),
+        ("role", "left"),
+        ("team", "left"),
+        ("segment", "left"),
+        ("endpoint", "left"),
+        ("state", "left"),
+        ("queue", "right"),
+        ("served", "right"),
+        ("failed", "right"),
+        ("latency", "right"),
+        ("memory", "right"),
+        ("rows", "right"),
+        ("pid", "right"),
+        ("uptime", "right"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    styles = node_styles(cluster)
+    for name, status in statuses.items():
+        settings = cluster.nodes[name]
+        known = (
+            Text(name, style=f"bold {styles[name]}"),
+            settings.role,
+            settings.team,
+            cluster.segment(name),
+            cluster.endpoint(name),
+        )
+        if isinstance(status, str):
+            table.add_row(*known, Text(_printable(status), style="red"))
+        else:
+            table.add_row(*known, *_status_cells(status))
+    _print_whole(console, table, 200)
+
+
+def _status_cells(status: pb.NodeStatus) -> Sequence[str | Text]:
+    state = pb.NodeState.Name(status.state).removeprefix("NODE_STATE_")
+    colour = {"IDLE": "green", "BUSY": "yellow"}.get(state, "red")
+    return (
+        Text(state, style=colour),
+        f"{status.inflight}/{status.capacity}",
+        f"{status.served:,}",
+        f"{status.failed:,}",
+        f"{status.latency_s * 1e3:.1f} ms",
+        f"{status.memory_bytes / 2**20:.0f} MB",
+        f"{status.rows:,}",
+        str(status.pid),
+        f"{status.uptime_s:.0f} s",
+    )
+
+
+def _table(title: str | None = None) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _print_whole(console: Console, table: Table, width: int) -> None:
+    """Prints a table; into a pipe it goes with its full width."""
+    usual = console.width
+    if not console.is_terminal:
+        console.width = max(width, usual)
+    console.print(table)
+    console.width = usual
+
+
+def _fitting(widths: Sequence[int], room: int) -> int:
+    used = 0
+    for count, width in enumerate(widths):
+        used += width
+        if used > room:
+            return max(count, 1)
+    return len(widths)
+
+
+def _is_number(value: Value) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _text(value: Value) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """Text without characters that steer a terminal."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
