@@ -1,0 +1,83 @@
+# Declarations of _layout.h for Cython. The header is the truth; see its map.
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "_layout.h" nogil:
+    const uint64_t SHMC_MAGIC
+    const uint64_t SHMC_SIGNATURE
+    const long SHMC_FUTEX_OFFSET
+    enum:
+        SHMC_LAYOUT_MAJOR, SHMC_LAYOUT_MINOR
+        SHMC_SLOTS_MAX, SHMC_LEASES_MAX, SHMC_NAME_BYTES, SHMC_ENDPOINT_BYTES
+        SHMC_GAUGES_MAX, SHMC_GAUGE_NAME_BYTES, SHMC_RECORD_WORDS
+        SHMC_TABLES_OFFSET, SHMC_SYNC_OFFSET, SHMC_BITMAP_OFFSET
+        SHMC_KIND_NODE, SHMC_KIND_ROUTER
+        SHMC_STATE_OPEN, SHMC_STATE_DRAINING, SHMC_STATE_SHUTDOWN
+        SHMC_FLAG_BUSY, SHMC_FIELD_MAX, SHMC_COST_MAX
+        SHMC_CELL_RESERVED, SHMC_CELL_RUNNING
+        SHMC_LOCK_INIT, SHMC_LOCK_MEMBERSHIP, SHMC_READY
+        SHMC_R_PUBLISHED_MONO_NS, SHMC_R_MEMORY_BYTES, SHMC_R_CPU_PERCENT, SHMC_R_SERVED
+        SHMC_R_FAILED, SHMC_R_LATENCY_S, SHMC_R_GENERATION, SHMC_R_PUBLISHED_WALL_NS
+        SHMC_R_STARTED_MONO_NS, SHMC_R_GAUGES
+
+    ctypedef struct shmc_header:
+        uint64_t magic
+        uint16_t layout_major
+        uint16_t layout_minor
+        uint32_t header_bytes
+        uint64_t signature
+        uint32_t slots
+        uint32_t leases
+        uint64_t hot_offset
+        uint64_t record_offset
+        uint64_t lease_offset
+        uint64_t meta_offset
+        uint64_t total_bytes
+        uint8_t boot_id[16]
+        uint32_t creator_uid
+        uint32_t creator_pid
+        uint64_t created_mono_ns
+        uint64_t created_wall_ns
+        uint64_t incarnation
+        uint32_t mode
+        uint32_t ready
+
+    ctypedef struct shmc_sync:
+        uint64_t epoch
+        uint32_t release_word
+        uint32_t waiters
+        uint64_t late_releases
+
+    ctypedef struct shmc_hot:
+        uint64_t load
+        uint64_t beats
+        uint64_t beat_ns
+        uint64_t progress_ns
+        uint32_t generation
+        uint32_t kind
+        uint32_t death
+        uint32_t waiting_now
+        uint64_t robust_next
+        uint64_t refused
+
+    ctypedef struct shmc_record:
+        uint64_t seq
+        uint64_t copy[2][32]
+
+    ctypedef struct shmc_meta:
+        char name[64]
+        char group[64]
+        char endpoint[256]
+        uint32_t pid
+        uint32_t uid
+        uint64_t time_ns_id
+        uint64_t started_wall_ns
+        uint64_t interval_ns
+        double weight
+        uint32_t capacity
+        uint32_t gauge_count
+        char gauge_names[16][32]
+
+    uint64_t shmc_record_offset(uint64_t slots)
+    uint64_t shmc_lease_offset(uint64_t slots)
+    uint64_t shmc_meta_offset(uint64_t slots, uint64_t leases)
+    uint64_t shmc_total_bytes(uint64_t slots, uint64_t leases)

@@ -1,0 +1,591 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""Who is alive: beat thread, death word, owner lock, claim, leave, reap.
+
+Three questions, three answers (docs/layout.md has the bytes):
+
+* May I route to it? The *death word*, a robust futex that the kernel marks when the thread that
+  holds it ends, however its process dies. One load.
+* May I take its slot? The *owner lock*, an open-file-description lock on the byte numbered like
+  the slot, which the kernel frees when the process is really gone.
+* Does it make progress? The *heartbeat*, a counter that the beat thread moves, and the progress
+  stamp, which Python moves. Late ones make a node SUSPECT and never cost it its slot.
+
+One native thread per process, the beat thread, holds the death words of all participants of the
+process and moves all their heartbeats. It never takes the GIL.
+"""
+cimport cython
+from libc.errno cimport EACCES, EAGAIN
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from shmcoord._posix cimport *
+from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN
+from shmcoord.status cimport (
+    HEALTH_ALIVE,
+    HEALTH_DEAD,
+    HEALTH_SUSPECT,
+    double_to_bits,
+    meta_write,
+    read_info,
+    record_write,
+    slot_is_live,
+    word_generation,
+    word_inflight,
+    word_make,
+)
+
+import os
+import threading
+import time
+
+from shmcoord.errors import NodeExists, SegmentFull, SegmentForbidden, ShmcoordError
+
+#: A heartbeat is late after this many intervals.
+SUSPECT_INTERVALS = 3
+cdef uint64_t _SUSPECT_INTERVALS = SUSPECT_INTERVALS
+_CLAIM_PATIENCE_S = 5.0
+
+# --- the beat thread ------------------------------------------------------------------------
+#
+# `_entries`, `_head` and the robust links are changed with `_registry` held. The kernel reads
+# `_head` and the links when the beat thread ends; the order of the stores in `_hold` and
+# `_let_go` keeps the list whole at every instant, since that instant may be the last.
+
+cdef pthread_mutex_t _registry
+cdef pthread_cond_t _changed
+cdef entry_t* _entries = NULL
+cdef robust_list_head _head
+cdef uint32_t _beat_tid = 0
+cdef bint _beat_started = False
+
+
+cdef void _init_sync() noexcept nogil:
+    cdef pthread_condattr_t attr
+    pthread_mutex_init(&_registry, NULL)
+    pthread_condattr_init(&attr)
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC)
+    pthread_cond_init(&_changed, &attr)
+
+
+cdef void _fork_prepare() noexcept nogil:
+    pthread_mutex_lock(&_registry)
+
+
+cdef void _fork_parent() noexcept nogil:
+    pthread_mutex_unlock(&_registry)
+
+
+cdef void _fork_child() noexcept nogil:
+    # The child has no beat thread and no participants. The entries belong to Participant objects,
+    # which free them.
+    global _entries, _beat_tid, _beat_started
+    _entries = NULL
+    _beat_tid = 0
+    _beat_started = False
+    _init_sync()
+
+
+_init_sync()
+pthread_atfork(_fork_prepare, _fork_parent, _fork_child)
+
+
+cdef void* _beat_main(void* unused) noexcept nogil:
+    global _beat_tid
+    cdef uint64_t now, wake
+    cdef timespec until
+    cdef entry_t* entry
+    pthread_mutex_lock(&_registry)
+    _head.list.next = &_head.list
+    _head.futex_offset = SHMC_FUTEX_OFFSET
+    _head.list_op_pending = NULL
+    # This thread's own list replaces libc's, which it will never use: it locks no robust mutex.
+    syscall(SYS_set_robust_list, &_head, sizeof(robust_list_head))
+    _beat_tid = <uint32_t>syscall(SYS_gettid)
+    pthread_cond_broadcast(&_changed)
+    while True:
+        now = mono_ns()
+        wake = <uint64_t>-1
+        entry = _entries
+        while entry != NULL:
+            if entry.due_ns <= now:
+                _beat(entry, now)
+                entry.due_ns += entry.interval_ns
+                if entry.due_ns <= now:  # we were stopped for long: no burst of old beats
+                    entry.due_ns = now + entry.interval_ns
+            if entry.due_ns < wake:
+                wake = entry.due_ns
+            entry = entry.next
+        if wake == <uint64_t>-1:
+            pthread_cond_wait(&_changed, &_registry)
+        else:
+            until.tv_sec = wake // 1000000000u
+            until.tv_nsec = wake % 1000000000u
+            pthread_cond_timedwait(&_changed, &_registry, &until)
+    return NULL
+
+
+cdef void _beat(entry_t* entry, uint64_t now) noexcept nogil:
+    cdef shmc_hot* hot = &entry.m.hot[entry.slot]
+    store_relaxed_u64(&hot.beat_ns, now)
+    store_release_u64(&hot.beats, load_relaxed_u64(&hot.beats) + 1)
+    if entry.is_node:
+        sweep_row(entry.m, entry.slot)
+        _recount(entry)
+
+
+cdef void _recount(entry_t* entry) noexcept nogil:
+    """Correct the load word from the cells, unless it moves meanwhile (then at the next beat)."""
+    cdef shmc_hot* hot = &entry.m.hot[entry.slot]
+    cdef uint64_t* row = entry.m.cells + <size_t>entry.slot * entry.m.leases
+    cdef uint64_t word, cell, total
+    cdef uint32_t i
+    cdef int attempt
+    for attempt in range(3):
+        word = load_seqcst_u64(&hot.load)
+        if word_generation(word) != (entry.generation & 0xFFFF):
+            return
+        total = load_relaxed_u64(&entry.overflow)
+        for i in range(entry.m.leases):
+            cell = load_acquire_u64(&row[i])
+            if cell != 0:
+                total += cell_cost(cell)
+        if total > SHMC_FIELD_MAX:
+            total = SHMC_FIELD_MAX
+        if total == word_inflight(word):
+            return
+        if cas_seqcst_u64(&hot.load, word, (word & ~<uint64_t>SHMC_FIELD_MAX) | total):
+            return
+
+
+cdef bint _start_beat_thread() noexcept nogil:
+    """Start the thread if there is none and wait until it holds its list; caller has `_registry`."""
+    global _beat_started
+    cdef pthread_t thread
+    cdef sigset_t every, before
+    cdef int err
+    if not _beat_started:
+        # Signals are for the threads of the application.
+        sigfillset(&every)
+        pthread_sigmask(SIG_SETMASK, &every, &before)
+        err = pthread_create(&thread, NULL, _beat_main, NULL)
+        pthread_sigmask(SIG_SETMASK, &before, NULL)
+        if err != 0:
+            return False
+        pthread_detach(thread)
+        _beat_started = True
+    while _beat_tid == 0:
+        pthread_cond_wait(&_changed, &_registry)
+    return True
+
+
+cdef bint _hold(entry_t* entry) noexcept nogil:
+    """Have the beat thread hold the death word of `entry` and move its heartbeat."""
+    global _entries
+    cdef shmc_hot* hot = &entry.m.hot[entry.slot]
+    pthread_mutex_lock(&_registry)
+    if not _start_beat_thread():
+        pthread_mutex_unlock(&_registry)
+        return False
+    # Linked first, then locked: a death in between leaves a word of 0, which nobody takes for a
+    # living owner; the other order would leave a locked word that nobody marks.
+    hot.robust_next = <uint64_t>_head.list.next
+    fence_seqcst()
+    _head.list.next = <robust_list*>&hot.robust_next
+    fence_seqcst()
+    store_release_u32(&hot.death, _beat_tid)
+    entry.next = _entries
+    _entries = entry
+    pthread_cond_broadcast(&_changed)
+    pthread_mutex_unlock(&_registry)
+    return True
+
+
+cdef void _let_go(entry_t* entry) noexcept nogil:
+    """The reverse of `_hold`: the word is emptied first, then unlinked."""
+    global _entries
+    cdef robust_list* after = &_head.list
+    cdef entry_t* before = NULL
+    cdef entry_t* at
+    pthread_mutex_lock(&_registry)
+    store_release_u32(&entry.m.hot[entry.slot].death, 0)
+    fence_seqcst()
+    # The kernel's list has the order of ours, so the neighbours are found in private memory, never
+    # by following addresses that stand in the segment.
+    at = _entries
+    while at != NULL and at != entry:
+        before = at
+        at = at.next
+    if at == entry:
+        if entry.next != NULL:
+            after = <robust_list*>&entry.next.m.hot[entry.next.slot].robust_next
+        if before == NULL:
+            _entries = entry.next
+            _head.list.next = after
+        else:
+            before.next = entry.next
+            before.m.hot[before.slot].robust_next = <uint64_t>after
+    pthread_mutex_unlock(&_registry)
+
+
+cdef bint _is_ours(mapping_t* m, uint32_t slot) noexcept nogil:
+    """Whether a participant of this process claimed the slot through this very mapping.
+
+    Locks of one open file description do not conflict with each other, so for these slots taking
+    the owner lock would succeed and mean nothing.
+    """
+    cdef bint found = False
+    cdef entry_t* entry
+    pthread_mutex_lock(&_registry)
+    entry = _entries
+    while entry != NULL:
+        if entry.m == m and entry.slot == slot:
+            found = True
+            break
+        entry = entry.next
+    pthread_mutex_unlock(&_registry)
+    return found
+
+
+# --- sweep and reap ------------------------------------------------------------------------
+
+cdef uint32_t sweep_row(mapping_t* m, uint32_t slot) noexcept nogil:
+    """Free the cells of one node whose owners are dead. Anyone, any number of times."""
+    cdef uint64_t* row = m.cells + <size_t>slot * m.leases
+    cdef uint64_t cell
+    cdef uint32_t i, freed = 0
+    for i in range(m.leases):
+        cell = load_acquire_u64(&row[i])
+        if cell != 0 and owner_is_dead(m, cell):
+            freed += _free_cell(m, slot, &row[i], cell)
+    if freed:
+        notify_release(m)
+    return freed
+
+
+cdef uint32_t _free_cell(mapping_t* m, uint32_t slot, uint64_t* at, uint64_t cell) noexcept nogil:
+    if not cas_seqcst_u64(at, cell, 0):
+        return 0
+    word_add_inflight(&m.hot[slot], load_relaxed_u32(&m.hot[slot].generation),
+                      -<int64_t>cell_cost(cell))
+    return 1
+
+
+cdef uint32_t _free_row(mapping_t* m, uint32_t slot) noexcept nogil:
+    """Free every cell of a node that is gone, or leaves."""
+    cdef uint64_t* row = m.cells + <size_t>slot * m.leases
+    cdef uint64_t cell
+    cdef uint32_t i, freed = 0
+    for i in range(m.leases):
+        cell = load_acquire_u64(&row[i])
+        if cell != 0:
+            freed += _free_cell(m, slot, &row[i], cell)
+    return freed
+
+
+cdef uint32_t _free_owned(mapping_t* m, uint32_t owner, uint32_t generation) noexcept nogil:
+    """Free every cell, of any node, that this participant owns."""
+    cdef uint64_t cell
+    cdef uint64_t* row
+    cdef uint32_t slot, i, freed = 0
+    for slot in range(m.slots):
+        row = m.cells + <size_t>slot * m.leases
+        for i in range(m.leases):
+            cell = load_acquire_u64(&row[i])
+            if cell != 0 and cell_owner(cell) == owner and cell_generation(cell) == (generation & 0xFFFF):
+                freed += _free_cell(m, slot, &row[i], cell)
+    return freed
+
+
+cdef void _move_epoch(mapping_t* m) noexcept nogil:
+    add_seqcst_u64(&m.sync.epoch, 1)
+    notify_release(m)
+
+
+cdef uint32_t _clear_slot(mapping_t* m, uint32_t slot) noexcept nogil:
+    """Give back what the former owner of a slot held. The caller has its owner lock.
+
+    Any prefix of this may be all that happens: the next one does it again from the start.
+    """
+    cdef shmc_hot* hot = &m.hot[slot]
+    cdef uint32_t waiters, freed
+    freed = _free_owned(m, slot, load_relaxed_u32(&hot.generation))
+    freed += _free_row(m, slot)
+    if load_relaxed_u32(&hot.waiting_now) != 0:
+        store_relaxed_u32(&hot.waiting_now, 0)
+        while True:
+            waiters = load_relaxed_u32(&m.sync.waiters)
+            if waiters == 0 or cas_seqcst_u32(&m.sync.waiters, waiters, waiters - 1):
+                break
+    and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
+    store_release_u32(&hot.death, 0)
+    _move_epoch(m)
+    return freed
+
+
+cdef object _membership = threading.Lock()
+
+
+def _new_membership():
+    global _membership
+    _membership = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_membership)
+
+
+cdef uint32_t reap_all(Mapping mapping) except? 0xFFFFFFFF:
+    """Clear the slots of the dead and free their leases; how many slots and leases.
+
+    Whether a slot may be cleared is asked of its owner lock alone. Where the death word is marked
+    and the lock is not free yet (a large process takes a while to go), the leases go now, the slot
+    at the next call.
+    """
+    cdef mapping_t* m
+    cdef uint32_t slot, freed = 0
+    mapping.check()
+    m = mapping.m
+    if not m.writable:
+        raise SegmentForbidden(
+            f"segment {mapping.name} is attached read-only; use Segment.open to reap"
+        )
+    with _membership:
+        for slot in range(m.slots):
+            if not slot_is_live(m, slot) or _is_ours(m, slot):
+                continue
+            if ofd_lock(m.fd, slot, F_WRLCK) == 0:
+                freed += _clear_slot(m, slot) + 1
+                ofd_lock(m.fd, slot, F_UNLCK)
+        for slot in range(m.slots):
+            freed += sweep_row(m, slot)
+    return freed
+
+
+# --- claim and leave ------------------------------------------------------------------------
+
+cdef Participant claim(Mapping mapping, uint32_t kind, shmc_meta* meta, str name):
+    """Take a slot. `meta` is filled but for its identity; `name` is checked among living nodes.
+
+    Raises:
+        NodeExists: a living node has this name.
+        SegmentFull: every slot is held.
+    """
+    cdef Participant self
+    cdef mapping_t* m
+    cdef int64_t slot
+    cdef int err = 0
+    mapping.check()
+    m = mapping.m
+    if not m.writable:
+        raise SegmentForbidden(
+            f"segment {mapping.name} is attached read-only; use Segment.open to take part"
+        )
+    deadline = time.monotonic() + _CLAIM_PATIENCE_S
+    while True:
+        with _membership:
+            mapping.check()
+            err = ofd_lock(m.fd, SHMC_LOCK_MEMBERSHIP, F_WRLCK)
+            if err == 0:
+                try:
+                    slot = _take_slot(mapping, kind, name)
+                    try:
+                        self = _occupy(mapping, kind, meta, <uint32_t>slot)
+                    except BaseException:
+                        ofd_lock(m.fd, slot, F_UNLCK)
+                        raise
+                finally:
+                    ofd_lock(m.fd, SHMC_LOCK_MEMBERSHIP, F_UNLCK)
+                return self
+        if err not in (EAGAIN, EACCES):
+            raise OSError(err, os.strerror(err), f"{mapping.name}: membership lock")
+        if time.monotonic() > deadline:
+            raise ShmcoordError(
+                f"{mapping.name}: another process has held the membership lock for "
+                f"{_CLAIM_PATIENCE_S:g} s (stopped inside a join?); continue or end it"
+            )
+        time.sleep(0.0005)
+
+
+cdef int64_t _take_slot(Mapping mapping, uint32_t kind, str name) except -1:
+    """A slot whose owner lock we hold now, cleared. The caller has the membership lock."""
+    cdef mapping_t* m = mapping.m
+    cdef uint32_t slot
+    cdef int want
+    cdef bint alive
+    cdef NodeInfo info
+    if kind == SHMC_KIND_NODE:
+        for slot in range(m.slots):
+            info = read_info(m, slot)
+            if info is None or info.node != name:
+                continue
+            if _is_ours(m, slot) or ofd_lock(m.fd, slot, F_WRLCK) != 0:
+                if slot_is_alive(m, slot):
+                    raise NodeExists(
+                        f"{mapping.name}: a living node is called {name!r} (pid {info.pid}, "
+                        f"{info.endpoint}); choose another name, or end it"
+                    )
+                continue  # it is dying: its slot is not free yet, its name is
+            _clear_slot(m, slot)
+            return slot
+    # Never used or left, then those of the dead, then those whose word still claims a living owner:
+    # what decides is the owner lock.
+    for want in range(3):
+        for slot in range(m.slots):
+            alive = slot_is_live(m, slot)
+            if (want == 0) == alive:
+                continue
+            if want == 1 and slot_is_alive(m, slot):
+                continue
+            if _is_ours(m, slot) or ofd_lock(m.fd, slot, F_WRLCK) != 0:
+                continue
+            _clear_slot(m, slot)
+            return slot
+    raise SegmentFull(
+        f"{mapping.name}: all {m.slots} slots are taken by living participants; "
+        "make the segment anew with more slots"
+    )
+
+
+cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32_t slot):
+    """Become the owner of a slot whose owner lock we hold."""
+    cdef mapping_t* m = mapping.m
+    cdef shmc_hot* hot = &m.hot[slot]
+    cdef uint64_t words[32]
+    cdef uint64_t now = mono_ns()
+    cdef uint32_t generation = load_relaxed_u32(&hot.generation) + 1
+    cdef entry_t* entry
+    cdef Participant self = Participant.__new__(Participant)
+    if (generation & 0xFFFF) == 0:
+        generation += 1
+    entry = <entry_t*>calloc(1, sizeof(entry_t))
+    if entry == NULL:
+        raise MemoryError()
+    self.entry = entry
+    self.mapping = mapping
+    self.slot = slot
+    self.generation = generation
+    self.left = True  # until all of it is done
+    # Readers look at the generation before and after everything else they read of the slot.
+    store_release_u32(&hot.generation, generation)
+    meta.pid = os.getpid()
+    meta.uid = os.geteuid()
+    meta.time_ns_id = m.time_ns_id
+    meta.started_wall_ns = wall_ns()
+    meta_write(&m.meta[slot], meta)
+    store_relaxed_u32(&hot.kind, kind)
+    store_relaxed_u32(&hot.waiting_now, 0)
+    store_relaxed_u64(&hot.refused, 0)
+    store_relaxed_u64(&hot.beat_ns, now)
+    store_relaxed_u64(&hot.progress_ns, now)
+    store_release_u64(&hot.load, word_make(generation, SHMC_STATE_OPEN, 0, 0, 0))
+    memset(words, 0, sizeof(words))
+    words[SHMC_R_GENERATION] = generation
+    words[SHMC_R_PUBLISHED_MONO_NS] = now
+    words[SHMC_R_PUBLISHED_WALL_NS] = wall_ns()
+    words[SHMC_R_STARTED_MONO_NS] = now
+    # Both copies, so that what an owner publishes later may be a prefix of the words.
+    record_write(&m.record[slot], words, SHMC_RECORD_WORDS)
+    record_write(&m.record[slot], words, SHMC_RECORD_WORDS)
+    entry.m = m
+    entry.slot = slot
+    entry.generation = generation
+    entry.is_node = kind == SHMC_KIND_NODE
+    entry.interval_ns = meta.interval_ns
+    entry.due_ns = now + meta.interval_ns
+    if not _hold(entry):
+        raise OSError("the beat thread could not be started")
+    self.left = False
+    or_seqcst_u64(&m.bitmap[slot >> 6], <uint64_t>1 << (slot & 63))
+    _move_epoch(m)
+    return self
+
+
+@cython.no_gc_clear  # __dealloc__ needs the mapping
+cdef class Participant:
+    """A claimed slot. Whoever drops the last reference leaves it."""
+
+    def __init__(self):
+        raise TypeError("a slot is taken with Segment.join or by a Router")
+
+    def __dealloc__(self):
+        if self.entry == NULL:
+            return
+        if not self.left and self.entry.m.state != MAPPING_FORKED:
+            self._give_back()
+        free(self.entry)
+
+    cdef int leave(self) except -1:
+        """Give everything back. Does nothing the second time."""
+        if self.left:
+            return 0
+        if self.mapping.m.state == MAPPING_FORKED:
+            self.mapping.check()
+        self._give_back()
+        return 0
+
+    cdef void _give_back(self) noexcept nogil:
+        cdef mapping_t* m = self.entry.m
+        cdef uint32_t slot = self.slot
+        self.left = True
+        _free_owned(m, slot, self.generation)
+        _free_row(m, slot)
+        and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
+        _let_go(self.entry)
+        _move_epoch(m)
+        if m.fd >= 0:
+            ofd_lock(m.fd, slot, F_UNLCK)
+
+
+# --- judging progress -------------------------------------------------------------------------
+
+cdef class Judge:
+    """One reader's view of who makes progress, by this reader's monotonic clock.
+
+    A counter that has not moved for three of its intervals makes its node SUSPECT. When the
+    owner's clock is ours (same time namespace, so the same CLOCK_MONOTONIC) its stamps tell at the
+    first look when it moved last; else the first look starts the count.
+    """
+
+    def __cinit__(self, Mapping mapping):
+        self.mapping = mapping
+        self.seen = <seen_t*>calloc(mapping.m.slots, sizeof(seen_t))
+        if self.seen == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        free(self.seen)
+
+    cdef int health(self, NodeInfo info, uint64_t now_ns, double* age_s) noexcept:
+        """HEALTH_* of a node; `age_s`, if given, gets the age of its heartbeat in seconds."""
+        cdef seen_t* seen = &self.seen[info.slot]
+        cdef const shmc_hot* hot = &self.mapping.m.hot[info.slot]
+        cdef uint64_t beats = load_acquire_u64(&hot.beats)
+        cdef uint64_t beat_ns = load_relaxed_u64(&hot.beat_ns)
+        cdef uint64_t progress_ns = load_relaxed_u64(&hot.progress_ns)
+        cdef uint64_t beat_age, progress_age, late
+        cdef bint fresh = seen.generation != info.generation
+        if fresh:
+            seen.generation = info.generation
+        if fresh or seen.beats != beats:
+            seen.beats = beats
+            seen.beat_at_ns = _moved_at(info.same_clock, beat_ns, now_ns)
+        if fresh or seen.progress != progress_ns:
+            seen.progress = progress_ns
+            seen.progress_at_ns = _moved_at(info.same_clock, progress_ns, now_ns)
+        beat_age = now_ns - seen.beat_at_ns if now_ns > seen.beat_at_ns else 0
+        progress_age = now_ns - seen.progress_at_ns if now_ns > seen.progress_at_ns else 0
+        if age_s != NULL:
+            age_s[0] = beat_age / 1e9
+        if load_relaxed_u32(&hot.generation) != info.generation or not death_is_alive(
+            load_acquire_u32(&hot.death)
+        ):
+            return HEALTH_DEAD
+        late = _SUSPECT_INTERVALS * info.interval_ns
+        if beat_age > late or progress_age > late:
+            return HEALTH_SUSPECT
+        return HEALTH_ALIVE
+
+
+cdef inline uint64_t _moved_at(bint same_clock, uint64_t stamp_ns, uint64_t now_ns) noexcept:
+    """When a counter moved, on our clock; a stamp from the future cannot be of our clock."""
+    return stamp_ns if same_clock and stamp_ns < now_ns else now_ns

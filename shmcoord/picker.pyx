@@ -1,0 +1,197 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""Score and scan: the native half of every policy.
+
+A policy is a function over an array of candidates. It reads two words of shared memory per
+candidate (load word and death word, in one cache line), no clock and no global state: the random
+state is passed in, and what a clock had to say (who is suspect) stands in `penalty` already. The
+same function serves production, tests, `explain` (over a private copy of the words) and
+simulation.
+"""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from shmcoord._atomics cimport load_acquire_u32, load_relaxed_u64
+from shmcoord._layout cimport SHMC_STATE_OPEN
+from shmcoord.liveness cimport death_is_alive
+from shmcoord.status cimport (
+    HEALTH_SUSPECT,
+    STATE_BUSY,
+    word_generation,
+    word_public_state,
+    word_queue,
+    word_state,
+)
+
+from shmcoord.policy import POLICIES
+
+
+cdef inline uint32_t _random_below(uint64_t* rng, uint32_t n) noexcept nogil:
+    """Uniform in [0, n): xorshift64* (Vigna 2016), scaled as in Lemire 2019."""
+    cdef uint64_t x = rng[0]
+    x ^= x >> 12
+    x ^= x << 25
+    x ^= x >> 27
+    rng[0] = x
+    return <uint32_t>(((x * 0x2545F4914F6CDD1Du) >> 32) * n >> 32)
+
+
+cdef inline bint _is_eligible(const candidate_t* c, uint64_t word) noexcept nogil:
+    """Open for work, of the generation that the table knows, and alive."""
+    return (
+        word_generation(word) == c.generation
+        and word_state(word) == SHMC_STATE_OPEN
+        and death_is_alive(load_acquire_u32(&c.hot.death))
+    )
+
+
+cdef inline double _score(const candidate_t* c, uint64_t word) noexcept nogil:
+    """IDLE before BUSY, then queue relative to weight; penalised ones behind all others."""
+    cdef double score = word_queue(word) * c.inverse_weight
+    if word_public_state(word) == STATE_BUSY:
+        score += TIER
+    if c.penalty:
+        score += 4.0 * TIER
+    return score
+
+
+cdef bint score_of(const candidate_t* c, double* score) noexcept nogil:
+    """Whether a candidate is eligible, and its score."""
+    cdef uint64_t word = load_relaxed_u64(&c.hot.load)
+    score[0] = word_queue(word) * c.inverse_weight
+    return _is_eligible(c, word)
+
+
+cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
+    cdef uint32_t i, ties = 0
+    cdef uint64_t word
+    cdef double score, best = 64.0 * TIER
+    cdef candidate_t* c
+    for i in range(table.count):
+        c = &table.items[i]
+        word = load_relaxed_u64(&c.hot.load)
+        if not _is_eligible(c, word) or c.skip == skip:
+            continue
+        score = _score(c, word)
+        if score < best:
+            best = score
+            ties = 0
+        elif score > best:
+            continue
+        table.scratch[ties] = i
+        ties += 1
+    if ties <= 1:
+        return <int>table.scratch[0] if ties else -1
+    return <int>table.scratch[_random_below(rng, ties)]
+
+
+cdef int _random(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
+    cdef uint32_t i, penalty, found
+    cdef candidate_t* c
+    for penalty in range(2):
+        found = 0
+        for i in range(table.count):
+            c = &table.items[i]
+            if (
+                c.penalty == penalty
+                and c.skip != skip
+                and _is_eligible(c, load_relaxed_u64(&c.hot.load))
+            ):
+                table.scratch[found] = i
+                found += 1
+        if found:
+            return <int>table.scratch[_random_below(rng, found)]
+    return -1
+
+
+cdef int _round_robin(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
+    cdef uint32_t i, step, penalty
+    cdef candidate_t* c
+    for penalty in range(2):
+        for step in range(table.count):
+            i = (table.cursor + step) % table.count
+            c = &table.items[i]
+            if (
+                c.penalty == penalty
+                and c.skip != skip
+                and _is_eligible(c, load_relaxed_u64(&c.hot.load))
+            ):
+                table.cursor = i + 1
+                return <int>i
+    return -1
+
+
+cdef policy_t find_policy(str name) except NULL:
+    """The scan of a policy by its name."""
+    if name == "least-loaded":
+        return _least_loaded
+    if name == "round-robin":
+        return _round_robin
+    if name == "random":
+        return _random
+    raise ValueError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
+
+
+cdef Table make_table(list backends, list segments_of, list judges, uint32_t cursor):
+    """The table of a group.
+
+    Args:
+        backends: its nodes.
+        segments_of: for each, the index of its segment.
+        judges: one `Judge` per segment.
+        cursor: where round-robin goes on.
+    """
+    cdef Table self = Table.__new__(Table)
+    cdef Backend backend
+    cdef candidate_t* c
+    cdef uint32_t i
+    cdef uint64_t shortest = 1_000_000_000
+    self.backends = backends
+    self.judges = judges
+    self.candidates.count = <uint32_t>len(backends)
+    self.candidates.cursor = cursor
+    self.candidates.items = <candidate_t*>calloc(len(backends) + 1, sizeof(candidate_t))
+    self.candidates.scratch = <uint32_t*>calloc(len(backends) + 1, sizeof(uint32_t))
+    if self.candidates.items == NULL or self.candidates.scratch == NULL:
+        raise MemoryError()
+    for i in range(self.candidates.count):
+        backend = backends[i]
+        c = &self.candidates.items[i]
+        c.hot = backend.hot
+        c.inverse_weight = 1.0 / backend.info.weight
+        c.generation = backend.info.generation & 0xFFFF
+        c.segment = segments_of[i]
+        shortest = min(shortest, backend.info.interval_ns)
+    self.judge_every_ns = max(shortest // 4, <uint64_t>1_000_000)
+    return self
+
+
+cdef class Table:
+    """One group's candidates, private to one router."""
+
+    def __dealloc__(self):
+        free(self.candidates.items)
+        free(self.candidates.scratch)
+
+    cdef void judge(self, uint64_t now_ns, dict unreachable) except *:
+        """Set each candidate's penalty from its heartbeat and from what could not be reached.
+
+        `unreachable` maps backends to the time (ns) until which they are passed over.
+        """
+        cdef uint32_t i
+        cdef candidate_t* c
+        cdef Backend backend
+        cdef Judge judge
+        self.judge_at_ns = now_ns + self.judge_every_ns
+        for i in range(self.candidates.count):
+            c = &self.candidates.items[i]
+            backend = <Backend>self.backends[i]
+            judge = <Judge>self.judges[c.segment]
+            c.penalty = judge.health(backend.info, now_ns, NULL) == HEALTH_SUSPECT
+            if unreachable:
+                until = unreachable.get(backend)
+                if until is not None:
+                    if until > now_ns:
+                        c.penalty = 1
+                        self.judge_at_ns = min(self.judge_at_ns, <uint64_t>until)
+                    else:
+                        del unreachable[backend]
