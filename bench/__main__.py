@@ -29,6 +29,7 @@ def main() -> int:
         "--benchmark-quiet",
         "--quiet",
         "--no-header",
+        "--tb=short",
     ]
     if options.k:
         arguments += ["-k", options.k]

@@ -7,9 +7,12 @@ the benchmarks are killed, so that nothing outlives them.
 from __future__ import annotations
 
 import os
+import secrets
 import selectors
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +89,17 @@ def children(commands: list[list[str]], timeout_s: float = READY_TIMEOUT_S) -> I
     finally:
         for child in started:
             _stop(child)
+
+
+@contextmanager
+def new_folder() -> Iterator[Path]:
+    """Makes an empty folder of a short name that nothing else on the machine has."""
+    folder = Path(tempfile.gettempdir()) / f"shmbench-{os.getpid()}-{secrets.token_hex(3)}"
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def until_stopped(period_s: float | None = None, words: str = "") -> Iterator[None]:

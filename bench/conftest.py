@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 import pytest
 
 import shmcoord
+from bench.children import new_folder
 from bench.nodes import GROUP, SIX, segment_of
 from bench.paired import Statement
 from bench.plugin import Collector, Rows
@@ -58,11 +55,9 @@ def unit() -> Statement:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """An empty folder with a short name that nothing else on the machine has."""
-    folder = Path(tempfile.gettempdir()) / f"shmbench-{os.getpid()}-{secrets.token_hex(3)}"
-    folder.mkdir(mode=0o700)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    """An empty folder of a name that nothing else on the machine has; gone afterwards."""
+    with new_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -71,12 +71,16 @@ def main(place: str) -> None:
     (folder / "rows.csv").write_text("carrier,delay\nAA,1\nUA,2\n", encoding="utf-8")
     config = folder / "cluster.toml"
     config.write_text(CONFIG.format(segment=segment, node=NODE, port=port), encoding="utf-8")
-    with (folder / "node.log").open("wb") as log:
+    log = folder / "node.log"
+    with log.open("wb") as file:
         command = [sys.executable, "-m", "servers", "node", NODE, "--config", str(config)]
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
         endpoint = f"127.0.0.1:{port}"
-        _await_answer(endpoint, server)
+        try:
+            _await_answer(endpoint, server)
+        except grpc.RpcError:
+            sys.exit(f"the node does not answer; its log:\n{log.read_text(encoding='utf-8')}")
         for _ in until_stopped(words=f"{endpoint} {segment}"):
             pass
     finally:

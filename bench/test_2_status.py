@@ -14,7 +14,7 @@ import pytest
 
 import shmcoord
 from bench import native
-from bench.children import children
+from bench.children import children, new_folder
 from bench.paired import AsyncCall, Loop, Statement
 from bench.plugin import Rows
 from bench.report import Bar, Row
@@ -27,10 +27,9 @@ REFERENCE = "GetStatus RPC"
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def node() -> Iterator[tuple[str, str]]:
     """A running node: its endpoint and its segment."""
-    folder = tmp_path_factory.mktemp("status")
-    with children([["bench.status_node", str(folder)]]) as [words]:
+    with new_folder() as folder, children([["bench.status_node", str(folder)]]) as [words]:
         endpoint, segment = words.split()
         yield endpoint, segment
 
