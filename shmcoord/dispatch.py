@@ -24,7 +24,9 @@ from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
 from shmcoord.transport import AsyncTransport, ConnectionLost, Transport, Unreachable
 
 if TYPE_CHECKING:
-    from shmcoord.router import Decision, Lease, Router
+    from shmcoord.decision import Decision
+    from shmcoord.lease import Lease
+    from shmcoord.router import Router
 
 __all__ = ["AsyncDispatcher", "Attempt", "Dispatcher", "NoneReachable", "ResponseStream"]
 
