@@ -1,14 +1,23 @@
-"""Fresh interpreters: how long one takes from start to exit, and how much memory it ends with."""
+"""Fresh interpreters: how long one takes from start to exit, and how much memory it ends with.
+
+They run without the .pth files of the environment (`-S`, then `import site`, which is what an
+interpreter has done when it starts otherwise): a package that is installed for development puts a
+finder there which imports a good part of what shmcoord needs, and would make `import shmcoord` look
+cheaper than it is.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from bench.children import environment
+import shmcoord
 
 _REPORT = """
 with open("/proc/self/smaps_rollup") as file:
@@ -25,10 +34,15 @@ class Memory:
     pss_mib: float
 
 
+_PATH = os.pathsep.join(
+    [str(Path(shmcoord.__file__).resolve().parent.parent), sysconfig.get_path("purelib")]
+)
+
+
 def _run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *options, "-c", code],
-        env=environment() | {"PYTHONDONTWRITEBYTECODE": ""},
+        [sys.executable, "-S", *options, "-c", f"import site\n{code}"],
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPATH": _PATH},
         cwd=tempfile.gettempdir(),
         capture_output=True,
         text=True,

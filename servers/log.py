@@ -5,14 +5,13 @@ import sys
 
 
 def to_stderr(node: str, level: str = "INFO") -> None:
-    """Writes the logs of the servers and of shmcoord to standard error, as `[A] message`."""
+    """Writes the servers' logs to standard error as `[A] message`; of others the warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"[{node}] %(message)s"))
-    for name in ("servers", "shmcoord"):
-        logger = logging.getLogger(name)
-        logger.setLevel(level)
-        logger.handlers[:] = [handler]
-        logger.propagate = False
+    logger = logging.getLogger("servers")
+    logger.setLevel(level)
+    logger.handlers[:] = [handler]
+    logger.propagate = False
     logging.basicConfig(format=f"[{node}] %(levelname)s %(name)s: %(message)s", level="WARNING")
     # A supervisor that is gone no longer reads; that is no reason to print about printing.
     logging.raiseExceptions = False

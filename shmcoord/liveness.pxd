@@ -31,7 +31,8 @@ cdef inline uint32_t cell_cost(uint64_t cell) noexcept nogil:
 
 cdef inline bint death_is_alive(uint32_t death) noexcept nogil:
     """Whether a death word says that its owner lives: it has a thread id and no death mark."""
-    return (death & FUTEX_TID_MASK) != 0 and (death & FUTEX_OWNER_DIED) == 0
+    # One comparison for both: without the waiters bit, 1 .. FUTEX_TID_MASK is alive.
+    return (death & (FUTEX_OWNER_DIED | FUTEX_TID_MASK)) - 1u < <uint32_t>FUTEX_TID_MASK
 
 cdef inline bint slot_is_alive(const mapping_t* m, uint32_t slot) noexcept nogil:
     return death_is_alive(load_acquire_u32(&m.hot[slot].death))

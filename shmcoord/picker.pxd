@@ -12,12 +12,15 @@ cdef extern from *:
     """
     const double TIER "SHMC_TIER"
 
+cdef enum:
+    DRAWS = 8  # tries of least-loaded to find an idle node of a large group by drawing
+
 # One node of a group as a router's private table has it. `hot` points into the segment, the rest
 # is a private copy of what the node wrote once; `penalty` and `skip` are this router's own.
 cdef struct candidate_t:
     const shmc_hot* hot
     double inverse_weight
-    uint32_t generation  # low 16 bits, as in the load word
+    uint32_t open_tag    # generation and state OPEN, as bits 44 to 63 of the load word have them
     uint32_t segment     # index among the router's segments
     uint32_t skip        # number of the acquire that found it full or gone
     uint32_t penalty     # 1: suspect or unreachable; taken only when nobody else is there

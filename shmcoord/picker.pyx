@@ -15,11 +15,7 @@ from shmcoord._layout cimport SHMC_STATE_OPEN
 from shmcoord.liveness cimport death_is_alive
 from shmcoord.status cimport (
     HEALTH_SUSPECT,
-    STATE_BUSY,
-    word_generation,
-    word_public_state,
     word_queue,
-    word_state,
 )
 
 from shmcoord.policy import POLICIES
@@ -37,18 +33,17 @@ cdef inline uint32_t _random_below(uint64_t* rng, uint32_t n) noexcept nogil:
 
 cdef inline bint _is_eligible(const candidate_t* c, uint64_t word) noexcept nogil:
     """Open for work, of the generation that the table knows, and alive."""
-    return (
-        word_generation(word) == c.generation
-        and word_state(word) == SHMC_STATE_OPEN
-        and death_is_alive(load_acquire_u32(&c.hot.death))
-    )
+    return (word >> 44) == c.open_tag and death_is_alive(load_acquire_u32(&c.hot.death))
 
 
 cdef inline double _score(const candidate_t* c, uint64_t word) noexcept nogil:
-    """IDLE before BUSY, then queue relative to weight; penalised ones behind all others."""
-    cdef double score = word_queue(word) * c.inverse_weight
-    if word_public_state(word) == STATE_BUSY:
-        score += TIER
+    """IDLE before BUSY, then queue relative to weight; penalised ones behind all others.
+
+    For an eligible candidate: its state field is 0, so all that is below the tag tells IDLE.
+    """
+    cdef double score = 0.0
+    if word & 0xFFFFFFFFFFFu:
+        score = word_queue(word) * c.inverse_weight + TIER
     if c.penalty:
         score += 4.0 * TIER
     return score
@@ -66,17 +61,30 @@ cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexce
     cdef uint64_t word
     cdef double score, best = 64.0 * TIER
     cdef candidate_t* c
+    # Nobody beats an IDLE node without penalty, and all of those tie. In a large group a few draws
+    # usually find one, each as likely as any other; only else is everybody looked at.
+    if table.count > DRAWS:
+        for i in range(<uint32_t>DRAWS):
+            c = &table.items[_random_below(rng, table.count)]
+            word = load_relaxed_u64(&c.hot.load)
+            if (
+                word == <uint64_t>c.open_tag << 44
+                and not c.penalty
+                and c.skip != skip
+                and death_is_alive(load_acquire_u32(&c.hot.death))
+            ):
+                return <int>(c - table.items)
     for i in range(table.count):
         c = &table.items[i]
         word = load_relaxed_u64(&c.hot.load)
         if not _is_eligible(c, word) or c.skip == skip:
             continue
         score = _score(c, word)
+        if score > best:
+            continue
         if score < best:
             best = score
             ties = 0
-        elif score > best:
-            continue
         table.scratch[ties] = i
         ties += 1
     if ties <= 1:
@@ -158,7 +166,7 @@ cdef Table make_table(list backends, list segments_of, list judges, uint32_t cur
         c = &self.candidates.items[i]
         c.hot = backend.hot
         c.inverse_weight = 1.0 / backend.info.weight
-        c.generation = backend.info.generation & 0xFFFF
+        c.open_tag = (backend.info.generation & 0xFFFF) << 4 | SHMC_STATE_OPEN
         c.segment = segments_of[i]
         shortest = min(shortest, backend.info.interval_ns)
     self.judge_every_ns = max(shortest // 4, <uint64_t>1_000_000)

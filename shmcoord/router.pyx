@@ -272,7 +272,7 @@ cdef class Router:
             for i in range(count):
                 backend = <Backend>table.backends[i]
                 word = frozen[i].load
-                if word_generation(word) != items[i].generation:
+                if word_generation(word) != items[i].open_tag >> 4:
                     word = <uint64_t>SHMC_STATE_SHUTDOWN << 44
                 age_s = 0.0
                 health = (<Judge>table.judges[items[i].segment]).health(backend.info, now_ns, &age_s)

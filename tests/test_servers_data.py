@@ -73,6 +73,9 @@ def expected(words: list[str], rows: list[tuple] = ROWS) -> list[tuple]:
         ["1.5"],
         ["true"],
         ["nothing at all"],
+        ["pear\x1fgreen"],
+        ["pluma"],
+        [""],
     ],
 )
 def test_words_find_what_plain_python_finds(file: Path, words: list[str]):
