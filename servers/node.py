@@ -37,6 +37,9 @@ GATEWAY_SERVICE = pb.DESCRIPTOR.services_by_name["Gateway"].full_name
 
 # Otherwise gRPC shares a taken port silently.
 _SERVER_OPTIONS = [("grpc.so_reuseport", 0)]
+# A part whose client is slow is held back at its node, and not gathered in the gateway: without
+# these, gRPC lets many megabytes come in advance.
+_PART_OPTIONS = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 18)]
 # While it drains, a node looks this often whether it is done; in seconds.
 _DRAIN_LOOK_S = 0.02
 # What still runs after that are watchers of its health, and whoever came at the last moment.
@@ -183,7 +186,7 @@ def _join(cluster: Cluster, name: str, segment: shmcoord.Segment) -> shmcoord.No
 def _gateway(stack: contextlib.AsyncExitStack, cluster: Cluster) -> GatewayService:
     router = shmcoord.Router(*cluster.segments)
     stack.callback(router.close)
-    transport = AsyncGrpcTransport(stub=pb_grpc.NodeStub)
+    transport = AsyncGrpcTransport(stub=pb_grpc.NodeStub, options=_PART_OPTIONS)
     stack.push_async_callback(transport.close)
     dispatcher = AsyncDispatcher(router, transport, adopts=True, on_decision=_log_decision)
     return GatewayService(cluster, dispatcher)
