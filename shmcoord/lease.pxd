@@ -8,7 +8,8 @@ from shmcoord.segment cimport Mapping, mapping_t
 from shmcoord.status cimport word_add_inflight, word_generation, word_state
 
 
-cdef inline int take_cell(uint64_t* row, uint32_t first, uint32_t end, uint64_t value) noexcept nogil:
+cdef inline int take_cell(uint64_t* row, uint32_t first, uint32_t end,
+                          uint64_t value) noexcept nogil:
     """CAS the first free cell of `row[first:end]` to `value`; its index, or -1 if all are taken."""
     cdef uint32_t i
     for i in range(first, end):

@@ -20,12 +20,11 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from shmcoord._posix cimport *
-from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN
+from shmcoord.segment cimport MAPPING_FORKED
 from shmcoord.status cimport (
     HEALTH_ALIVE,
     HEALTH_DEAD,
     HEALTH_SUSPECT,
-    double_to_bits,
     meta_write,
     read_info,
     record_write,
@@ -140,8 +139,8 @@ cdef void _recount(entry_t* entry) noexcept nogil:
     cdef uint64_t* row = entry.m.cells + <size_t>entry.slot * entry.m.leases
     cdef uint64_t word, cell, total
     cdef uint32_t i
-    cdef int attempt
-    for attempt in range(3):
+    cdef int _attempt
+    for _attempt in range(3):
         word = load_seqcst_u64(&hot.load)
         if word_generation(word) != (entry.generation & 0xFFFF):
             return
@@ -159,7 +158,7 @@ cdef void _recount(entry_t* entry) noexcept nogil:
 
 
 cdef bint _start_beat_thread() noexcept nogil:
-    """Start the thread if there is none and wait until it holds its list; caller has `_registry`."""
+    """Start the thread if there is none and wait for its list; the caller has `_registry`."""
     global _beat_started
     cdef pthread_t thread
     cdef sigset_t every, before
@@ -292,7 +291,11 @@ cdef uint32_t _free_owned(mapping_t* m, uint32_t owner, uint32_t generation) noe
         row = m.cells + <size_t>slot * m.leases
         for i in range(m.leases):
             cell = load_acquire_u64(&row[i])
-            if cell != 0 and cell_owner(cell) == owner and cell_generation(cell) == (generation & 0xFFFF):
+            if (
+                cell != 0
+                and cell_owner(cell) == owner
+                and cell_generation(cell) == (generation & 0xFFFF)
+            ):
                 freed += _free_cell(m, slot, &row[i], cell)
     return freed
 

@@ -6,7 +6,7 @@ one writer: nothing here runs Python code between the first and the last store o
 """
 cimport cython
 from libc.math cimport isfinite
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from shmcoord._atomics cimport *

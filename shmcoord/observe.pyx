@@ -65,7 +65,8 @@ cdef class Observer:
                 raise TypeError(f"node name must be a str, not {type(name).__name__}")
             names = [i.node for i in self.infos if i is not None]
             raise NodeNotFound(
-                f"no node {name!r} in segment {self.mapping.name}; there are {', '.join(names) or 'none'}"
+                f"no node {name!r} in segment {self.mapping.name}; "
+                f"there are {', '.join(names) or 'none'}"
             )
         return found
 
@@ -87,9 +88,9 @@ cdef class Observer:
     def status(self, name):
         """The status of one node."""
         cdef Status status = None
-        cdef int attempt
+        cdef int _attempt
         self.mapping.check()
-        for attempt in range(3):  # None: the slot changed hands while we read it
+        for _attempt in range(3):  # None: the slot changed hands while we read it
             status = self._status(self._find(name))
             if status is not None:
                 return status

@@ -57,14 +57,14 @@ cdef bint score_of(const candidate_t* c, double* score) noexcept nogil:
 
 
 cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
-    cdef uint32_t i, ties = 0
+    cdef uint32_t i, _draw, ties = 0
     cdef uint64_t word
     cdef double score, best = 64.0 * TIER
     cdef candidate_t* c
     # Nobody beats an IDLE node without penalty, and all of those tie. In a large group a few draws
     # usually find one, each as likely as any other; only else is everybody looked at.
     if table.count > DRAWS:
-        for i in range(<uint32_t>DRAWS):
+        for _draw in range(<uint32_t>DRAWS):
             c = &table.items[_random_below(rng, table.count)]
             word = load_relaxed_u64(&c.hot.load)
             if (

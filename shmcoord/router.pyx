@@ -5,7 +5,7 @@ A router keeps a private table per group: pointers to the nodes' hot lines and c
 wrote once. The membership epoch of each segment says when to build it anew; a heartbeat is judged
 a few times per interval, by a coarse clock that is read once per pick.
 """
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -21,13 +21,11 @@ from shmcoord.picker cimport (
     candidates_t,
     find_policy,
     make_table,
-    policy_t,
     score_of,
 )
 from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN, Mapping, mapping_t
 from shmcoord.status cimport (
     HEALTH_DEAD,
-    HEALTH_SUSPECT,
     STATE_BUSY,
     STATE_IDLE,
     NodeInfo,
@@ -35,7 +33,6 @@ from shmcoord.status cimport (
     read_info,
     state_enum,
     word_generation,
-    word_inflight,
     word_public_state,
     word_queue,
 )
@@ -45,7 +42,7 @@ import logging
 import os
 
 from shmcoord.decision import Candidate, Decision
-from shmcoord.errors import NoBackend, Saturated, SegmentNotFound, ShmcoordError
+from shmcoord.errors import NoBackend, Saturated, ShmcoordError
 from shmcoord.waiting import WaitQueue
 
 _log = logging.getLogger("shmcoord.router")
@@ -177,7 +174,10 @@ cdef class Router:
                     backends.append(make_backend(segment, info))
                     segments_of.append(i)
         table = make_table(
-            backends, segments_of, self.judges, before.candidates.cursor if before is not None else 0
+            backends,
+            segments_of,
+            self.judges,
+            before.candidates.cursor if before is not None else 0,
         )
         if backends:  # names that nobody has must not fill the memory
             self.tables[group] = table
@@ -275,8 +275,13 @@ cdef class Router:
                 if word_generation(word) != items[i].open_tag >> 4:
                     word = <uint64_t>SHMC_STATE_SHUTDOWN << 44
                 age_s = 0.0
-                health = (<Judge>table.judges[items[i].segment]).health(backend.info, now_ns, &age_s)
-                if not death_is_alive(frozen[i].death) or frozen[i].generation != backend.info.generation:
+                health = (<Judge>table.judges[items[i].segment]).health(
+                    backend.info, now_ns, &age_s
+                )
+                if (
+                    not death_is_alive(frozen[i].death)
+                    or frozen[i].generation != backend.info.generation
+                ):
                     health = HEALTH_DEAD
                 score_of(&items[i], &score)
                 candidates.append(
@@ -562,7 +567,9 @@ cdef class Router:
             for candidate in decision.candidates
         )
         waited = f" for {timeout_s:g} s" if timeout_s > 0 else ""
-        raise Saturated(f"every eligible node of group {group!r} was at its capacity{waited}: {nodes}")
+        raise Saturated(
+            f"every eligible node of group {group!r} was at its capacity{waited}: {nodes}"
+        )
 
     def mark_unreachable(self, backend, for_s=1.0):
         """Pass a node over while others are eligible, for some seconds; this router only.
@@ -623,4 +630,3 @@ cdef class Router:
 def _release_quietly(lease):
     if not lease.released:
         lease.release()
-

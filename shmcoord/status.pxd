@@ -6,7 +6,8 @@ from shmcoord._layout cimport *
 from shmcoord.segment cimport Mapping, mapping_t
 
 cdef enum:
-    RECORD_READ_TRIES = 64  # a writer needs some 10 ns of a copy's life; this many misses is a fault
+    # A writer needs some 10 ns of a copy's life; this many misses is a fault.
+    RECORD_READ_TRIES = 64
     STATUS_READ_TRIES = 16
 
 
@@ -39,7 +40,8 @@ cdef inline uint64_t word_make(uint32_t generation, uint32_t state, uint32_t fla
         | <uint64_t>(inflight & 0xFFFFF)
     )
 
-cdef inline bint word_add_inflight(shmc_hot* hot, uint32_t generation, int64_t delta) noexcept nogil:
+cdef inline bint word_add_inflight(shmc_hot* hot, uint32_t generation,
+                                   int64_t delta) noexcept nogil:
     """Move `in flight` of this generation's word by `delta`, clamped; False if it is another's.
 
     Routers and the owner call it, after the CAS on the lease cell that it stands for.
@@ -62,7 +64,8 @@ cdef inline bint word_add_inflight(shmc_hot* hot, uint32_t generation, int64_t d
 
 # --- the record: a two-copy latch, one writer (the slot's owner), any number of readers
 
-cdef inline void record_write(shmc_record* record, const uint64_t* words, uint32_t count) noexcept nogil:
+cdef inline void record_write(shmc_record* record, const uint64_t* words,
+                              uint32_t count) noexcept nogil:
     """Commit the first `count` words as the new record. Only the slot's owner may call this.
 
     A writer that dies anywhere in here leaves the copy that `seq` names untouched. The fence keeps
@@ -77,13 +80,14 @@ cdef inline void record_write(shmc_record* record, const uint64_t* words, uint32
         store_relaxed_u64(&copy[i], words[i])
     store_release_u64(&record.seq, seq + 1)
 
-cdef inline bint record_read(const shmc_record* record, uint64_t* words, uint32_t count) noexcept nogil:
+cdef inline bint record_read(const shmc_record* record, uint64_t* words,
+                             uint32_t count) noexcept nogil:
     """Copy the first `count` words of the committed record; False after too many disturbances."""
     cdef uint64_t seq
     cdef const uint64_t* copy
     cdef uint32_t i
-    cdef int attempt
-    for attempt in range(RECORD_READ_TRIES):
+    cdef int _attempt
+    for _attempt in range(RECORD_READ_TRIES):
         seq = load_acquire_u64(&record.seq)
         copy = record.copy[seq & 1]
         for i in range(count):

@@ -95,9 +95,9 @@ cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
     cdef const uint64_t* source = <const uint64_t*>&m.meta[slot]
     cdef const shmc_hot* hot = &m.hot[slot]
     cdef uint32_t i, generation, count
-    cdef int attempt
+    cdef int _attempt
     cdef NodeInfo info
-    for attempt in range(STATUS_READ_TRIES):
+    for _attempt in range(STATUS_READ_TRIES):
         generation = load_acquire_u32(&hot.generation)
         if not slot_is_live(m, slot) or load_relaxed_u32(&hot.kind) != SHMC_KIND_NODE:
             return None
@@ -120,7 +120,9 @@ cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
     # Everything below comes from memory that others can write: bounded before use.
     info.weight = meta.weight if isfinite(meta.weight) and meta.weight > 0 else 1.0
     info.capacity = min(max(meta.capacity, 1), m.leases)
-    info.interval_ns = min(max(meta.interval_ns, <uint64_t>INTERVAL_MIN_NS), <uint64_t>INTERVAL_MAX_NS)
+    info.interval_ns = min(
+        max(meta.interval_ns, <uint64_t>INTERVAL_MIN_NS), <uint64_t>INTERVAL_MAX_NS
+    )
     count = min(meta.gauge_count, <uint32_t>SHMC_GAUGES_MAX)
     names = []
     for i in range(count):
@@ -136,10 +138,10 @@ cdef Status read_status(const mapping_t* m, NodeInfo info, int health, double he
     cdef shmc_hot* hot = &m.hot[info.slot]
     cdef uint32_t count = SHMC_R_GAUGES + <uint32_t>len(info.gauge_names)
     cdef uint32_t i
-    cdef int attempt
+    cdef int _attempt
     cdef int64_t up_ns
     cdef Status status
-    for attempt in range(STATUS_READ_TRIES):
+    for _attempt in range(STATUS_READ_TRIES):
         word = load_acquire_u64(&hot.load)
         if not record_read(&m.record[info.slot], words, count):
             continue
@@ -255,7 +257,9 @@ cdef class Status:
         return self._as_tuple() == (<Status>other)._as_tuple()
 
     def __hash__(self):
-        return hash((self.info.node, self.info.generation, self.waiting, self.inflight, self.served))
+        return hash(
+            (self.info.node, self.info.generation, self.waiting, self.inflight, self.served)
+        )
 
     def __repr__(self):
         return (
