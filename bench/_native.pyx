@@ -6,7 +6,7 @@ Built only for the benchmarks, and against nothing but what shmcoord installs (.
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmcoord._atomics cimport load_relaxed_u64
-from shmcoord._layout cimport SHMC_R_STARTED_MONO_NS
+from shmcoord._layout cimport SHMC_R_STARTED_MONO_NS, SHMC_RECORD_WORDS
 from shmcoord.segment cimport Mapping, mapping_t
 from shmcoord.status cimport NodeInfo, read_info, record_read, word_queue
 
@@ -46,6 +46,22 @@ def read_records(Mapping mapping not None, uint32_t slot, uint64_t n):
     with nogil:
         for _i in range(n):
             if not record_read(&m.record[slot], words, WORDS):
+                failed += 1
+            bench_look_at(words)
+    return failed
+
+
+def read_whole_records(Mapping mapping not None, uint32_t slot, uint64_t n):
+    """The same with the reserved words and all sixteen user gauges."""
+    cdef const mapping_t* m = mapping.m
+    cdef uint64_t words[SHMC_RECORD_WORDS]
+    cdef uint64_t _i, failed = 0
+    mapping.check()
+    if slot >= m.slots:
+        raise IndexError(slot)
+    with nogil:
+        for _i in range(n):
+            if not record_read(&m.record[slot], words, SHMC_RECORD_WORDS):
                 failed += 1
             bench_look_at(words)
     return failed

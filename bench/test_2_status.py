@@ -103,6 +103,24 @@ def test_record_compiled(rows: Rows, segment: shmcoord.Segment, rpc: AsyncCall) 
     rows.time(row, subject, rpc, part=0.5, batch_s=BATCH_S)
 
 
+def test_whole_record_compiled(rows: Rows, segment: shmcoord.Segment, rpc: AsyncCall) -> None:
+    """The same with reserved words and room for sixteen gauges: the most that a record can be."""
+    row = Row(
+        "whole_record_compiled",
+        "status",
+        "the same with all 16 user gauges",
+        reference=REFERENCE,
+    )
+    try:
+        module = native.load()
+    except native.NotBuiltError as reason:
+        rows.skip(row, str(reason))
+    slot = module.find_slot(segment, NODE)
+    assert module.read_whole_records(segment, slot, 1) == 0
+    subject = Loop(lambda n: module.read_whole_records(segment, slot, n))
+    rows.time(row, subject, rpc, part=0.5, batch_s=BATCH_S)
+
+
 def test_load_compiled(rows: Rows, segment: shmcoord.Segment, rpc: AsyncCall) -> None:
     """The load word alone: what routing reads."""
     row = Row("load_compiled", "status", "queue read in compiled code", reference=REFERENCE)
