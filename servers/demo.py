@@ -45,8 +45,8 @@ async def run_demo(loader: "Loader", console: Console) -> int:
             await _ask_many(cluster, show)
             with show.part("The nodes' own answers, by RPC"):
                 await _show_status(cluster, console)
-            with show.part("What the segments say: shmcoord inspect"):
-                await _inspect(cluster, console)
+            with show.part("What the segments say while queries go on: shmcoord inspect"):
+                await _inspect_under_load(cluster, console)
             with show.part("Stopping: drain, finish, leave", logs=True):
                 codes = await nodes.stop()
     except (NodeDiedError, TimeoutError, client.QueryError) as error:
@@ -152,6 +152,20 @@ async def _show_status(cluster: Cluster, console: Console) -> None:
     for name in cluster.nodes:
         statuses[name] = await client.node_status(cluster.endpoint(name), 5.0)
     view.show_status(console, cluster, statuses)
+
+
+async def _inspect_under_load(cluster: Cluster, console: Console) -> None:
+    request = pb.QueryRequest(words=["ord"], limit=50)
+    load = asyncio.create_task(
+        client.ask_many(
+            cluster.endpoint(cluster.leader), request, count=100_000, concurrency=_AT_ONCE
+        )
+    )
+    try:
+        await _inspect(cluster, console)
+    finally:
+        load.cancel()
+        await asyncio.wait([load])
 
 
 async def _inspect(cluster: Cluster, console: Console) -> None:

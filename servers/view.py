@@ -111,60 +111,67 @@ def show_errors(console: Console, report: Report) -> None:
 def show_status(
     console: Console, cluster: Cluster, statuses: Mapping[str, pb.NodeStatus | str]
 ) -> None:
-    """A line for each node: its status, or why it gave none."""
+    """A line for each node: its status, or why it gave none.
+
+    A terminal that is too narrow gets fewer columns, a pipe gets all.
+    """
+    lines = [_status_line(cluster, name, status) for name, status in statuses.items()]
+    widths = {
+        column: max(len(column), *(len(line.get(column, "")) for line in lines)) + _PADDING
+        for column in _STATUS_COLUMNS
+    }
+    hideable = list(_HIDDEN_FIRST) if console.is_terminal else []
+    while hideable and sum(widths.values()) > console.width:
+        del widths[hideable.pop(0)]
     table = _table()
-    for name, justify in (
-        ("node", "left"),
-        ("role", "left"),
-        ("team", "left"),
-        ("segment", "left"),
-        ("endpoint", "left"),
-        ("state", "left"),
-        ("queue", "right"),
-        ("served", "right"),
-        ("failed", "right"),
-        ("latency", "right"),
-        ("memory", "right"),
-        ("rows", "right"),
-        ("pid", "right"),
-        ("uptime", "right"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    styles = node_styles(cluster)
-    for name, status in statuses.items():
-        settings = cluster.nodes[name]
-        known = (
-            Text(name, style=f"bold {styles[name]}"),
-            settings.role,
-            settings.team,
-            cluster.segment(name),
-            cluster.endpoint(name),
+    for column in widths:
+        table.add_column(
+            column, justify="right" if column in _STATUS_NUMBERS else "left", no_wrap=True
         )
-        if isinstance(status, str):
-            table.add_row(*known, Text(_printable(status), style="red"))
-        else:
-            table.add_row(*known, *_status_cells(status))
-    _print_whole(console, table, 200)
+    styles = node_styles(cluster)
+    for line in lines:
+        cells = [Text(line.get(column, "")) for column in widths]
+        cells[0].stylize(f"bold {styles[line['node']]}")
+        state = cells[list(widths).index("state")]
+        state.stylize({"IDLE": "green", "BUSY": "yellow"}.get(state.plain, "red"))
+        table.add_row(*cells)
+    _print_whole(console, table, sum(widths.values()))
 
 
-def _status_cells(status: pb.NodeStatus) -> Sequence[str | Text]:
-    state = pb.NodeState.Name(status.state).removeprefix("NODE_STATE_")
-    colour = {"IDLE": "green", "BUSY": "yellow"}.get(state, "red")
-    return (
-        Text(state, style=colour),
-        f"{status.inflight}/{status.capacity}",
-        f"{status.served:,}",
-        f"{status.failed:,}",
-        f"{status.latency_s * 1e3:.1f} ms",
-        f"{status.memory_bytes / 2**20:.0f} MB",
-        f"{status.rows:,}",
-        str(status.pid),
-        f"{status.uptime_s:.0f} s",
-    )
+_STATUS_NUMBERS = ("queue", "served", "failed", "latency", "memory", "rows", "pid", "uptime")
+_STATUS_COLUMNS = ("node", "role", "team", "segment", "endpoint", "state", *_STATUS_NUMBERS)
+_HIDDEN_FIRST = ("rows", "uptime", "role", "pid", "endpoint", "segment", "failed", "latency")
+
+
+def _status_line(cluster: Cluster, name: str, status: pb.NodeStatus | str) -> dict[str, str]:
+    settings = cluster.nodes[name]
+    line = {
+        "node": name,
+        "role": settings.role,
+        "team": settings.team,
+        "segment": cluster.segment(name),
+        "endpoint": cluster.endpoint(name),
+    }
+    if isinstance(status, str):
+        return {**line, "state": _printable(status)}
+    return {
+        **line,
+        "state": pb.NodeState.Name(status.state).removeprefix("NODE_STATE_"),
+        "queue": f"{status.inflight}/{status.capacity}",
+        "served": f"{status.served:,}",
+        "failed": f"{status.failed:,}",
+        "latency": f"{status.latency_s * 1e3:.1f} ms",
+        "memory": f"{status.memory_bytes / 1e6:.0f} MB",
+        "rows": f"{status.rows:,}",
+        "pid": str(status.pid),
+        "uptime": f"{status.uptime_s:.0f} s",
+    }
 
 
 def _table(title: str | None = None) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+    )
 
 
 def _print_whole(console: Console, table: Table, width: int) -> None:

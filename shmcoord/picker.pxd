@@ -9,10 +9,13 @@ from shmcoord.status cimport NodeInfo
 cdef extern from *:
     """
     #define SHMC_TIER 1e12  /* larger than any queue relative to weight: the lower tier wins */
+    #define SHMC_LOAD_BITS 0xFFFFFFFFFFFull  /* waiting, in flight and flags of a load word */
     """
     const double TIER "SHMC_TIER"
+    const uint64_t LOAD_BITS "SHMC_LOAD_BITS"
 
 cdef enum:
+    KEPT = 16  # ties that least-loaded writes down; among more it draws
     DRAWS = 8  # tries of least-loaded to find an idle node of a large group by drawing
 
 # One node of a group as a router's private table has it. `hot` points into the segment, the rest

@@ -36,13 +36,19 @@ cdef inline bint _is_eligible(const candidate_t* c, uint64_t word) noexcept nogi
     return (word >> 44) == c.open_tag and death_is_alive(load_acquire_u32(&c.hot.death))
 
 
+cdef inline bint _is_open(const candidate_t* c, uint32_t skip, uint64_t* word) noexcept nogil:
+    """Whether an acquire that skips `skip` may take it; `word` gets its load word."""
+    word[0] = load_relaxed_u64(&c.hot.load)
+    return c.skip != skip and _is_eligible(c, word[0])
+
+
 cdef inline double _score(const candidate_t* c, uint64_t word) noexcept nogil:
     """IDLE before BUSY, then queue relative to weight; penalised ones behind all others.
 
     For an eligible candidate: its state field is 0, so all that is below the tag tells IDLE.
     """
     cdef double score = 0.0
-    if word & 0xFFFFFFFFFFFu:
+    if word & LOAD_BITS:
         score = word_queue(word) * c.inverse_weight + TIER
     if c.penalty:
         score += 4.0 * TIER
@@ -57,53 +63,74 @@ cdef bint score_of(const candidate_t* c, double* score) noexcept nogil:
 
 
 cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
-    cdef uint32_t i, _draw, ties = 0
-    cdef uint64_t word
-    cdef double score, best = 64.0 * TIER
+    cdef uint32_t i, ties = 0
+    cdef uint64_t word, load, best_load = <uint64_t>-1
+    cdef double score, best = 64.0 * TIER, best_inverse = 0.0
     cdef candidate_t* c
     # Nobody beats an IDLE node without penalty, and all of those tie. In a large group a few draws
     # usually find one, each as likely as any other; only else is everybody looked at.
     if table.count > DRAWS:
-        for _draw in range(<uint32_t>DRAWS):
+        for i in range(<uint32_t>DRAWS):
             c = &table.items[_random_below(rng, table.count)]
-            word = load_relaxed_u64(&c.hot.load)
-            if (
-                word == <uint64_t>c.open_tag << 44
-                and not c.penalty
-                and c.skip != skip
-                and death_is_alive(load_acquire_u32(&c.hot.death))
-            ):
+            if _is_open(c, skip, &word) and not c.penalty and not word & LOAD_BITS:
                 return <int>(c - table.items)
     for i in range(table.count):
         c = &table.items[i]
-        word = load_relaxed_u64(&c.hot.load)
-        if not _is_eligible(c, word) or c.skip == skip:
+        if not _is_open(c, skip, &word):
             continue
-        score = _score(c, word)
-        if score > best:
-            continue
-        if score < best:
-            best = score
-            ties = 0
-        table.scratch[ties] = i
+        load = word & LOAD_BITS
+        # The same numbers as the best so far need no arithmetic: the usual case among many.
+        if load != best_load or c.inverse_weight != best_inverse or c.penalty:
+            score = _score(c, word)
+            if score > best:
+                continue
+            if score < best:
+                best = score
+                ties = 0
+                best_load = <uint64_t>-1 if c.penalty else load
+                best_inverse = c.inverse_weight
+        if ties < KEPT:
+            table.scratch[ties] = i
         ties += 1
-    if ties <= 1:
-        return <int>table.scratch[0] if ties else -1
-    return <int>table.scratch[_random_below(rng, ties)]
+    if ties == 0:
+        return -1
+    if ties <= KEPT:
+        return <int>table.scratch[_random_below(rng, ties) if ties > 1 else 0]
+    return _draw_tie(table, skip, rng, ties, best)
+
+
+cdef int _draw_tie(candidates_t* table, uint32_t skip, uint64_t* rng, uint32_t ties,
+                   double best) noexcept nogil:
+    """One of many candidates whose score is `best`, each as likely.
+
+    Loads move meanwhile; who is as good by now is as good a choice.
+    """
+    cdef uint32_t i, left
+    cdef uint64_t word
+    cdef candidate_t* c
+    for i in range(<uint32_t>DRAWS):
+        c = &table.items[_random_below(rng, table.count)]
+        if _is_open(c, skip, &word) and _score(c, word) <= best:
+            return <int>(c - table.items)
+    left = _random_below(rng, ties)
+    for i in range(table.count):
+        c = &table.items[i]
+        if _is_open(c, skip, &word) and _score(c, word) <= best:
+            if left == 0:
+                return <int>i
+            left -= 1
+    return <int>table.scratch[0]
 
 
 cdef int _random(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
     cdef uint32_t i, penalty, found
+    cdef uint64_t word
     cdef candidate_t* c
     for penalty in range(2):
         found = 0
         for i in range(table.count):
             c = &table.items[i]
-            if (
-                c.penalty == penalty
-                and c.skip != skip
-                and _is_eligible(c, load_relaxed_u64(&c.hot.load))
-            ):
+            if c.penalty == penalty and _is_open(c, skip, &word):
                 table.scratch[found] = i
                 found += 1
         if found:
@@ -113,16 +140,13 @@ cdef int _random(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nog
 
 cdef int _round_robin(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
     cdef uint32_t i, step, penalty
+    cdef uint64_t word
     cdef candidate_t* c
     for penalty in range(2):
         for step in range(table.count):
             i = (table.cursor + step) % table.count
             c = &table.items[i]
-            if (
-                c.penalty == penalty
-                and c.skip != skip
-                and _is_eligible(c, load_relaxed_u64(&c.hot.load))
-            ):
+            if c.penalty == penalty and _is_open(c, skip, &word):
                 table.cursor = i + 1
                 return <int>i
     return -1
