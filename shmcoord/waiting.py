@@ -126,7 +126,7 @@ class WaitQueue(Generic[T]):
                         return
                     until = min(waiter.deadline for waiter in self._waiters)
                 self._sleep(ticket, min(max(until - time.monotonic(), 0.0), LOST_WAKEUP_S))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - everybody who waits must learn of it
             with self._lock:
                 self._thread = None
                 waiters = list(self._waiters)
