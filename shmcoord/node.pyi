@@ -1,5 +1,6 @@
 from collections.abc import Iterable
 from types import TracebackType
+
 from typing_extensions import Never, Self, disjoint_base
 
 from shmcoord.segment import Mapping
