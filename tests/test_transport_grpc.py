@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pickle
+import re
 import socket
 import threading
 import time
 from concurrent import futures
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -437,7 +439,7 @@ def test_a_request_without_lease_has_no_token(node):
 
 
 def test_nothing_private_of_grpc_is_used():
-    with open(transport_grpc.__file__) as file:
-        text = file.read()
-    assert "grpc._" not in text
-    assert "cygrpc" not in text
+    for file in Path(transport_grpc.__file__).parent.glob("*.py"):
+        text = file.read_text()
+        assert not re.search(r"\bgrpc\._|\bgrpc\.aio\._", text), file
+        assert "cygrpc" not in text
