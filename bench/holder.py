@@ -1,13 +1,14 @@
 """A process that holds nodes: `python -m bench.holder SEGMENT GROUP NAME=QUEUE ...`.
 
 Each node is joined as any server joins, moves its heartbeat every two seconds, and has QUEUE
-requests in flight until stdin closes.
+requests in flight until stdin closes. Then it also unlinks the segment, since whoever started it
+may have been killed.
 """
 
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import shmcoord
 from bench.children import until_stopped
@@ -26,6 +27,8 @@ def main(segment_name: str, group: str, *nodes: str) -> None:
                 stack.enter_context(node.request())
         for _ in until_stopped():
             pass
+    with suppress(shmcoord.SegmentNotFound):
+        shmcoord.Segment.unlink(segment_name)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def main(place: str) -> None:
             server.wait()
         if segment in shmcoord.segments():
             shmcoord.Segment.unlink(segment)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,7 +75,6 @@ def writing(place: Path) -> Iterator[Write]:
         del node
         for left in Path("/dev/shm").glob(f"{_prefix(place)}*"):
             left.unlink(missing_ok=True)
-        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The writer's process: `python -m bench.stores.writer STORE FOLDER`.
 
-It rewrites all records every two seconds, as nodes of shmcoord move their heartbeats.
+It rewrites all records every two seconds, as nodes of shmcoord move their heartbeats. At the end it
+removes the folder, since whoever started it may have been killed.
 """
 
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +26,7 @@ def main(name: str, place: str) -> None:
         for _ in until_stopped(PERIOD_S):
             for i in range(len(record.NODES)):
                 write(i, record.pack(i))
+    shutil.rmtree(place, ignore_errors=True)
 
 
 if __name__ == "__main__":
