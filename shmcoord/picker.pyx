@@ -63,14 +63,14 @@ cdef bint score_of(const candidate_t* c, double* score) noexcept nogil:
 
 
 cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
-    cdef uint32_t i, ties = 0
+    cdef uint32_t i, _draw, ties = 0
     cdef uint64_t word, load, best_load = <uint64_t>-1
     cdef double score, best = 64.0 * TIER, best_inverse = 0.0
     cdef candidate_t* c
     # Nobody beats an IDLE node without penalty, and all of those tie. In a large group a few draws
     # usually find one, each as likely as any other; only else is everybody looked at.
     if table.count > DRAWS:
-        for i in range(<uint32_t>DRAWS):
+        for _draw in range(<uint32_t>DRAWS):
             c = &table.items[_random_below(rng, table.count)]
             if _is_open(c, skip, &word) and not c.penalty and not word & LOAD_BITS:
                 return <int>(c - table.items)
@@ -105,10 +105,10 @@ cdef int _draw_tie(candidates_t* table, uint32_t skip, uint64_t* rng, uint32_t t
 
     Loads move meanwhile; who is as good by now is as good a choice.
     """
-    cdef uint32_t i, left
+    cdef uint32_t i, _draw, left
     cdef uint64_t word
     cdef candidate_t* c
-    for i in range(<uint32_t>DRAWS):
+    for _draw in range(<uint32_t>DRAWS):
         c = &table.items[_random_below(rng, table.count)]
         if _is_open(c, skip, &word) and _score(c, word) <= best:
             return <int>(c - table.items)
