@@ -20,6 +20,7 @@ from servers.load import OwnLoad
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from servers.searching import RunningSearch
+from servers.sending import absence_cancels
 from shmcoord.errors import LeaseLost, Saturated, ShmcoordError
 from shmcoord.transport.grpc import lease_token, refuse_lost_lease_async
 
@@ -71,6 +72,10 @@ class NodeService(pb_grpc.NodeServicer):
         self, request: pb.PartRequest, context: AnswerContext
     ) -> None:
         """Streams this node's rows for a part, then the part's summary."""
+        with absence_cancels():
+            await self._adopt_and_answer(request, context)
+
+    async def _adopt_and_answer(self, request: pb.PartRequest, context: AnswerContext) -> None:
         if self.serving is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self._name} is still starting")
         if len(request.words) > MAX_WORDS:

@@ -17,6 +17,7 @@ from servers.config import Cluster
 from servers.merging import SourceError, merged
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
+from servers.sending import absence_cancels
 from servers.table import Row, Value, head, to_rows, to_tables
 from shmcoord.errors import NoBackend, Saturated, ShmcoordError
 
@@ -57,13 +58,14 @@ class GatewayService(pb_grpc.GatewayServicer):
         self, request: pb.QueryRequest, context: Context
     ) -> None:
         """Streams the rows of the teams asked, or the merged aggregate, and a summary."""
-        if self.draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the gateway is draining")
-        self.running += 1
-        try:
-            await self._query(request, context)
-        finally:
-            self.running -= 1
+        with absence_cancels():
+            if self.draining:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the gateway is draining")
+            self.running += 1
+            try:
+                await self._query(request, context)
+            finally:
+                self.running -= 1
 
     async def _query(self, request: pb.QueryRequest, context: Context) -> None:
         begun = time.monotonic()

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
@@ -52,18 +52,16 @@ class RunningSearch:
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:
-            await self._end(work)
+            if not work.cancel():
+                await self._ended(done)
             raise
 
-    async def _end(self, work: "Future[T]") -> None:
-        if work.cancel():
-            return
-        out = asyncio.wrap_future(work)
-        while not out.done():
+    async def _ended(self, done: "asyncio.Future[T]") -> None:
+        while not done.done():
             self._search.interrupt()
             try:
-                await asyncio.wait([out], timeout=_INTERRUPT_AGAIN_S)
+                await asyncio.wait([done], timeout=_INTERRUPT_AGAIN_S)
             except asyncio.CancelledError:
                 # Cancelled once more: the thread is still in the search, and ends soon.
                 continue
-        out.exception()
+        done.exception()  # nobody else will ask for it

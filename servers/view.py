@@ -74,6 +74,8 @@ def show_summary(console: Console, answer: Answer, aggregate: bool) -> None:
         rows += f", in {summary.sent:,} groups"
     elif summary.sent < summary.matched:
         rows += f", {summary.sent:,} shown"
+    if answer.rows:
+        console.print()
     console.print(Text(f"{rows}  ({served})"), soft_wrap=True)
 
 
@@ -86,7 +88,9 @@ def show_report(console: Console, report: Report) -> None:
     for (team, node), parts in sorted(report.served.items()):
         table.add_row(team, node, f"{parts:,}")
     if report.served:
+        console.print()
         _print_whole(console, table, 40)
+        console.print()
     if report.answered:
         latencies = "  ".join(
             f"p{percentile} {report.latency_s(percentile) * 1e3:.1f} ms"

@@ -200,6 +200,10 @@ def started(folder: Path) -> Iterator[Running]:
     finally:
         codes = running.stop()
     assert set(codes.values()) == {0}, codes
+    for name in NODES:
+        log = running.log(name).read_text()
+        assert "Traceback" not in log, log
+        assert "ERROR" not in log, log
     assert not set(running.cluster.segments) & set(os.listdir("/dev/shm"))
 
 
@@ -315,6 +319,19 @@ async def test_a_client_that_cancels_frees_every_node(nodes: Running):
             assert sum(nodes.queues().values()) == 2
         await nodes.idle()
     assert (await query(nodes, "code00012")).summary.matched == len(matching(["code00012"]))
+
+
+async def test_queries_cancelled_at_any_moment_free_every_node(nodes: Running):
+    request = pb.QueryRequest(words=["lorem", "code"], limit=500)
+    for wait_ms in range(0, 60, 3):
+        load = asyncio.create_task(
+            client.ask_many(nodes.gateway, request, count=100, concurrency=4)
+        )
+        await asyncio.sleep(wait_ms / 1e3)
+        load.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+    await nodes.idle()
 
 
 async def test_a_client_that_is_killed_frees_every_node(nodes: Running):
