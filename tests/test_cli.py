@@ -9,7 +9,6 @@ import math
 import os
 import pty
 import re
-import secrets
 import signal
 import struct
 import subprocess
@@ -58,14 +57,6 @@ def run(*args, script=RUN, env=None, **options):
         env={**os.environ, **(env or {})},
         **options,
     )
-
-
-@pytest.fixture
-def name():
-    name = f"test_cli_{os.getpid()}_{secrets.token_hex(4)}"
-    yield name
-    with contextlib.suppress(shmcoord.SegmentNotFound):
-        Segment.unlink(name)
 
 
 @pytest.fixture

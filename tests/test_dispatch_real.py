@@ -9,26 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
-import os
-import secrets
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 import shmcoord
-from shmcoord import AsyncDispatcher, Dispatcher, LeaseLost, NoBackend, Router, Saturated, Segment
+from shmcoord import AsyncDispatcher, Dispatcher, LeaseLost, NoBackend, Router, Saturated
 from shmcoord.dispatch import NoneReachable
 from shmcoord.transport import ConnectionLost, Transport, Unreachable
 from shmcoord.transport.local import AsyncLocalTransport, LocalTransport
-
-
-@pytest.fixture
-def segment():
-    name = f"test_dispatch_{os.getpid()}_{secrets.token_hex(4)}"
-    with Segment.open(name, slots=8, leases=16) as segment:
-        yield segment
-    Segment.unlink(name)
 
 
 @pytest.fixture
