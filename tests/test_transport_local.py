@@ -164,3 +164,11 @@ async def test_closing_a_stream_closes_the_handler():
     assert await anext(stream) == 1
     await stream.aclose()
     assert ended == [True]
+
+
+def test_a_handler_may_be_replaced_by_one_that_asks_for_the_lease():
+    handlers = {"local:A": {"m": len}}
+    with LocalTransport(handlers) as transport:
+        assert transport.send("local:A", "m", "abc", lease="token", timeout_s=None) == 3
+        handlers["local:A"]["m"] = lambda request, lease: lease
+        assert transport.send("local:A", "m", "abc", lease="token", timeout_s=None) == "token"

@@ -34,6 +34,7 @@ class _Table:
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
+        self._asks: dict[tuple[str, str], tuple[Handler, bool]] = {}
         self._closed = False
 
     def _bound(self, endpoint: str, method: str, request: Any, lease: str) -> Callable[[], Any]:
@@ -53,7 +54,11 @@ class _Table:
         if handler is None:
             known = ", ".join(sorted(methods)) or "none"
             raise ValueError(f"no method {method!r} at endpoint {endpoint!r}; it has: {known}")
-        if _takes_lease(handler):
+        known_handler, takes_lease = self._asks.get((endpoint, method), (None, False))
+        if known_handler is not handler:
+            takes_lease = _takes_lease(handler)
+            self._asks[endpoint, method] = (handler, takes_lease)
+        if takes_lease:
             return lambda: handler(request, lease=lease)
         return lambda: handler(request)
 
