@@ -1,0 +1,83 @@
+"""Segments and processes that never outlive their test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+
+import pytest
+from helpers import SHM, Child
+
+from shmcoord import Segment
+
+
+@pytest.fixture
+def new_name() -> Iterator[Callable[[], str]]:
+    """Makes names of segments that nobody else uses; their segments go with the test."""
+    prefix = f"test_core_{os.getpid()}_{secrets.token_hex(4)}"
+    count = 0
+
+    def make() -> str:
+        nonlocal count
+        count += 1
+        return f"{prefix}.{count}"
+
+    yield make
+    for path in SHM.glob(f"{prefix}*"):
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
+    assert not list(SHM.glob(f"{prefix}*")), "something stayed behind in /dev/shm"
+
+
+@pytest.fixture
+def name(new_name: Callable[[], str]) -> str:
+    """The name of a segment that does not exist yet."""
+    return new_name()
+
+
+@pytest.fixture
+def segment(name: str) -> Iterator[Segment]:
+    """A segment of 8 slots with 16 lease cells each."""
+    with Segment.open(name, slots=8, leases=16) as segment:
+        yield segment
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., Child]]:
+    """Starts children (see `helpers.Child`) which are ended with the test."""
+    with contextlib.ExitStack() as children:
+
+        def start(code: str, *args: object, **options: object) -> Child:
+            child = Child(code, *args, **options)  # type: ignore[arg-type]
+            children.callback(child.close)
+            return child
+
+        yield start
+
+
+#: A node that lives until its input ends. Arguments: segment, node, further keywords as JSON.
+NODE = """
+options = {"group": "GREEN", "endpoint": "local", "interval_s": 0.05, **json.loads(sys.argv[3])}
+segment = Segment.open(name)
+node = segment.join(sys.argv[2], **options)
+say("joined")
+hear()
+node.leave()
+"""
+
+
+@pytest.fixture
+def spawn_node(spawn: Callable[..., Child]) -> Callable[..., Child]:
+    """Starts a process that joins a segment as a node, and waits until it has."""
+    import json
+
+    def start(segment_name: str, node_name: str, **options: object) -> Child:
+        child = spawn(NODE, segment_name, node_name, json.dumps(options))
+        assert child.hear() == "joined"
+        return child
+
+    return start
