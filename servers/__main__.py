@@ -10,6 +10,8 @@ def _main() -> None:
     try:
         from servers.cli import main
     except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.partition(".")[0] in ("servers", "shmcoord"):
+            raise
         sys.exit(f"{missing.name} is missing: pip install 'shmcoord[cluster]'")
     main()
 

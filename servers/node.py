@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -44,6 +45,7 @@ _PART_OPTIONS = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 <
 _DRAIN_LOOK_S = 0.02
 # What still runs after that are watchers of its health, and whoever came at the last moment.
 _LAST_CALLS_S = 0.2
+_LAST_SEARCHES_S = 2.0
 
 
 class NodeError(Exception):
@@ -106,10 +108,13 @@ async def run(cluster: Cluster, name: str) -> None:
             await probes.set(known, health_pb2.HealthCheckResponse.SERVING)
         log.info("Serving team %s on %s", cluster.nodes[name].team, cluster.endpoint(name))
         await stop.asked.wait()
+        node.drain()
         await probes.enter_graceful_shutdown()
         backend = segments[cluster.segment(name)].backend(name)
-        await _drain(cluster, node, service, gateway, backend, stop)
+        await _finish(cluster, service, gateway, backend, stop)
         await server.stop(_LAST_CALLS_S)
+        # Requests that were cancelled give back what they held once their searches have ended.
+        await _while(lambda: service.load.inflight > 0, _LAST_SEARCHES_S, asyncio.Event())
         node.shutdown()
     log.info("Stopped")
 
@@ -218,28 +223,36 @@ async def _add_services(
     return services
 
 
-async def _drain(
+async def _finish(
     cluster: Cluster,
-    node: shmcoord.Node,
     service: NodeService,
     gateway: GatewayService | None,
     backend: shmcoord.Backend,
     stop: _Stop,
 ) -> None:
-    """Takes no new work, and waits for the old: no longer than the grace period, and no longer
-    than until a second signal."""
-    ends = time.monotonic() + cluster.cluster.grace_s
-    node.drain()
+    """Takes no new work, and waits until the old is done.
+
+    It waits no longer than the grace period, and no longer than until a second signal.
+    """
     service.draining = True
     if gateway is not None:
         gateway.draining = True
     log.info("Draining: %d requests are running", service.load.inflight)
-    # The queue that others see also holds leases that were reserved before the drain and whose
-    # requests are still on their way.
-    while service.load.inflight or backend.queue or (gateway is not None and gateway.running):
-        left_s = ends - time.monotonic()
-        if left_s <= 0 or stop.hurry.is_set():
-            log.warning("Stopping with %d requests unfinished", service.load.inflight)
-            return
+
+    def busy() -> bool:
+        # The queue that others see also holds leases that were reserved before the drain and
+        # whose requests are still on their way.
+        own = service.load.inflight or (gateway is not None and gateway.running)
+        return bool(own or backend.queue)
+
+    await _while(busy, cluster.cluster.grace_s, stop.hurry)
+    if busy():
+        log.warning("Stopping with %d requests unfinished", service.load.inflight)
+
+
+async def _while(busy: Callable[[], bool], limit_s: float, hurry: asyncio.Event) -> None:
+    """Waits as long as something is busy, at most `limit_s`, and not if there is a hurry."""
+    ends = time.monotonic() + limit_s
+    while busy() and not hurry.is_set() and (left_s := ends - time.monotonic()) > 0:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(stop.hurry.wait(), min(_DRAIN_LOOK_S, left_s))
+            await asyncio.wait_for(hurry.wait(), min(_DRAIN_LOOK_S, left_s))
