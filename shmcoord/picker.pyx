@@ -18,8 +18,6 @@ from shmcoord.status cimport (
     word_queue,
 )
 
-from shmcoord.policy import POLICIES
-
 
 cdef inline uint32_t _random_below(uint64_t* rng, uint32_t n) noexcept nogil:
     """Uniform in [0, n): xorshift64* (Vigna 2016), scaled as in Lemire 2019."""
@@ -160,6 +158,7 @@ cdef policy_t find_policy(str name) except NULL:
         return _round_robin
     if name == "random":
         return _random
+    from shmcoord.policy import POLICIES
     raise ValueError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
 
 

@@ -41,9 +41,7 @@ import itertools
 import logging
 import os
 
-from shmcoord.decision import Candidate, Decision
 from shmcoord.errors import NoBackend, Saturated, ShmcoordError
-from shmcoord.waiting import WaitQueue
 
 _log = logging.getLogger("shmcoord.router")
 _serial = itertools.count(1)
@@ -248,6 +246,7 @@ cdef class Router:
         cdef double score, age_s
         cdef Backend backend
         cdef const shmc_hot* hot
+        from shmcoord.decision import Candidate, Decision  # not needed where nobody asks why
         if frozen == NULL or items == NULL:
             free(frozen)
             free(items)
@@ -488,6 +487,7 @@ cdef class Router:
 
     def _queue(self, group, timeout_s, cost, explain):
         if self.waiting is None:
+            from shmcoord.waiting import WaitQueue  # not needed where nobody waits
             self.waiting = WaitQueue(
                 self._wait_begin, self._wait_ticket, self._wait_sleep, self._wait_end,
                 _release_quietly,
