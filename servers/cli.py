@@ -163,13 +163,17 @@ def query(
         view.show_summary(console, report.first, aggregate)
     view.show_report(console, report)
     view.show_errors(errors, report)
+    if report.errors and not report.answered and report.unavailable:
+        click.echo(
+            f"Is the cluster running at {server}? `python -m servers up` starts it.", err=True
+        )
     sys.exit(1 if report.errors else 0)
 
 
 @main.command()
 @cluster_options
 def up(loader: Loader) -> None:
-    """Starts all nodes and shows their logs; Ctrl-C drains and stops them."""
+    """Starts all nodes and shows their logs; Ctrl-C stops them."""
     from servers.up import run_up
 
     cluster = _loaded(loader)
@@ -181,7 +185,7 @@ def up(loader: Loader) -> None:
 @click.argument("name")
 @click.option("--die-with", type=int, hidden=True, help="End when this parent process ends.")
 def node(loader: Loader, name: str, die_with: int | None) -> None:
-    """Runs one node in the foreground; SIGTERM or Ctrl-C drains and stops it."""
+    """Runs one node; Ctrl-C or SIGTERM drains and stops it."""
     import shmcoord
     from servers import log
     from servers.data import DataError
@@ -213,7 +217,10 @@ def node(loader: Loader, name: str, die_with: int | None) -> None:
     help="Seconds for each node.",
 )
 def status(loader: Loader, timeout_s: float) -> None:
-    """Asks every node for its status by RPC; the exit code is 1 if one does not answer."""
+    """Asks every node for its status by RPC.
+
+    The exit code is 1 if one does not answer.
+    """
     cluster = _loaded(loader)
 
     async def one(name: str) -> pb.NodeStatus | str:
@@ -250,7 +257,10 @@ def status(loader: Loader, timeout_s: float) -> None:
     help="Seconds for the call.",
 )
 def shutdown(loader: Loader, name: str, secret: str, timeout_s: float) -> None:
-    """Asks one node to drain and end; works only where the configuration has a secret."""
+    """Ends a node by RPC, if the configuration has a secret.
+
+    The node drains first: running requests may finish.
+    """
     cluster = _loaded(loader)
     if name not in cluster.nodes:
         raise click.UsageError(f"no node {name!r}; nodes are {', '.join(cluster.nodes)}")
@@ -263,7 +273,10 @@ def shutdown(loader: Loader, name: str, secret: str, timeout_s: float) -> None:
 @main.command()
 @cluster_options
 def demo(loader: Loader) -> None:
-    """Starts everything, shows it at work on real data, stops it, and checks that it is gone."""
+    """Shows the whole at work on real data, and stops it.
+
+    Checks at the end that no process and no segment is left.
+    """
     from servers.demo import run_demo
 
     sys.exit(_run(run_demo(loader, Console())))

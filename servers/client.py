@@ -42,6 +42,7 @@ class Report:
         self.first: Answer | None = None
         self.answered = 0
         self.errors: Counter[str] = Counter()
+        self.unavailable = 0
         self.served: Counter[tuple[str, str]] = Counter()
         self.seconds = 0.0
         self._latencies = HdrHistogram(1, _LONGEST_US, 3)
@@ -101,6 +102,7 @@ async def ask_many(
                 answer = await ask(stub, request, timeout_s)
             except QueryError as error:
                 report.errors[str(error)] += 1
+                report.unavailable += error.code is grpc.StatusCode.UNAVAILABLE
             else:
                 report.add(answer, time.monotonic() - sent)
             on_done()

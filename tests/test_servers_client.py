@@ -1,5 +1,6 @@
 """The commands as a user runs them, without a cluster behind them."""
 
+import io
 import os
 import socket
 import subprocess
@@ -42,12 +43,13 @@ def test_help_lists_the_commands_and_the_exit_codes():
         assert word in result.stdout
 
 
-def test_no_gateway_is_one_line_and_exit_code_1(closed_port: int):
+def test_no_gateway_is_two_lines_and_exit_code_1(closed_port: int):
     result = run("query", "--server", f"127.0.0.1:{closed_port}", "--query", "x", "--timeout", "5")
     assert result.returncode == 1
     assert "UNAVAILABLE" in result.stderr
     assert "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert "python -m servers up" in result.stderr
+    assert len(result.stderr.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_overrides_come_from_the_environment_too():
 
 
 def console(width: int, *, terminal: bool) -> Console:
-    return Console(width=width, force_terminal=terminal, color_system=None, record=True)
+    return Console(width=width, force_terminal=terminal, color_system=None, file=io.StringIO())
 
 
 ANSWER = Answer(
@@ -88,32 +90,32 @@ ANSWER = Answer(
 )
 
 
-def test_a_narrow_terminal_says_which_columns_it_leaves_out(capsys):
+def test_a_narrow_terminal_says_which_columns_it_leaves_out():
     narrow = console(30, terminal=True)
     view.show_rows(narrow, ANSWER)
-    text = narrow.export_text()
+    text = narrow.file.getvalue()
     assert "2 more columns: second, third" in " ".join(text.split())
 
 
-def test_a_pipe_gets_every_column_whole(capsys):
+def test_a_pipe_gets_every_column_whole():
     pipe = console(30, terminal=False)
     view.show_rows(pipe, ANSWER)
-    text = pipe.export_text()
+    text = pipe.file.getvalue()
     assert "x" * 30 in text
     assert "third" in text
     assert "…" not in text
 
 
-def test_text_cannot_steer_the_terminal(capsys):
+def test_text_cannot_steer_the_terminal():
     pipe = console(80, terminal=False)
     view.show_rows(pipe, ANSWER)
-    assert "\x1b" not in pipe.export_text()
+    assert "\x1b" not in pipe.file.getvalue()
 
 
-def test_the_summary_says_who_served(capsys):
+def test_the_summary_says_who_served():
     pipe = console(80, terminal=False)
     view.show_summary(pipe, ANSWER, aggregate=False)
-    text = pipe.export_text()
+    text = pipe.file.getvalue()
     assert "10 rows match, 2 shown" in text
     assert "GREEN by B" in text
 
