@@ -32,6 +32,8 @@ cdef extern from "<fcntl.h>" nogil:
         int l_pid
     enum: F_OFD_GETLK, F_OFD_SETLK, F_WRLCK, F_UNLCK, SEEK_SET
     int fcntl(int fd, int cmd, ...)
+    int c_open "open" (const char* path, int flags, ...)
+    enum: O_RDWR, O_RDONLY, O_CLOEXEC
 
 cdef extern from "<unistd.h>" nogil:
     int c_close "close" (int fd)

@@ -1,5 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """A live handle on one node: what is fixed is cached, what moves is read at each access."""
+cimport cython
 from libc.stdint cimport uint64_t
 
 from shmcoord._atomics cimport load_acquire_u32, load_relaxed_u32, load_relaxed_u64
@@ -17,6 +18,7 @@ cdef Backend make_backend(Mapping mapping, NodeInfo info):
     return self
 
 
+@cython.no_gc_clear  # a Lease that dies in the same garbage cycle still needs `info`
 cdef class Backend:
     """A node as routers see it.
 

@@ -305,6 +305,17 @@ cdef void _move_epoch(mapping_t* m) noexcept nogil:
     notify_release(m)
 
 
+cdef void _close_word(shmc_hot* hot) noexcept nogil:
+    """SHUTDOWN with nothing waiting or in flight, for the handles that still look at this slot."""
+    cdef uint64_t word
+    while True:
+        word = load_relaxed_u64(&hot.load)
+        if cas_seqcst_u64(
+            &hot.load, word, word_make(word_generation(word), SHMC_STATE_SHUTDOWN, 0, 0, 0)
+        ):
+            return
+
+
 cdef uint32_t _clear_slot(mapping_t* m, uint32_t slot) noexcept nogil:
     """Give back what the former owner of a slot held. The caller has its owner lock.
 
@@ -320,6 +331,7 @@ cdef uint32_t _clear_slot(mapping_t* m, uint32_t slot) noexcept nogil:
             waiters = load_relaxed_u32(&m.sync.waiters)
             if waiters == 0 or cas_seqcst_u32(&m.sync.waiters, waiters, waiters - 1):
                 break
+    _close_word(hot)
     and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
     store_release_u32(&hot.death, 0)
     _move_epoch(m)
@@ -532,6 +544,9 @@ cdef class Participant:
         self.left = True
         _free_owned(m, slot, self.generation)
         _free_row(m, slot)
+        _close_word(&m.hot[slot])
+        # The thread that waits, if there is one, takes itself off `sync.waiters` when it ends.
+        store_release_u32(&m.hot[slot].waiting_now, 0)
         and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
         _let_go(self.entry)
         _move_epoch(m)

@@ -5,6 +5,7 @@ A router keeps a private table per group: pointers to the nodes' hot lines and c
 wrote once. The membership epoch of each segment says when to build it anew; a heartbeat is judged
 a few times per interval, by a coarse clock that is read once per pick.
 """
+cimport cython
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -133,7 +134,7 @@ cdef class Router:
                 segment.check()
             if load_acquire_u64(&segment.m.sync.epoch) != self.epochs[i]:
                 moved = True
-        if group is self.last_group and not moved:
+        if not moved and self.last_table is not None and group is self.last_group:
             table = self.last_table
         else:
             if not isinstance(group, str):
@@ -165,6 +166,7 @@ cdef class Router:
             if epoch != self.epochs[i]:
                 self.tables = {}
                 self.last_group = None
+                self.last_table = None
                 self.epochs[i] = epoch
             for slot in range(segment.m.slots):
                 info = read_info(segment.m, slot)
@@ -193,8 +195,7 @@ cdef class Router:
             if not segment.is_stale():
                 continue
             try:
-                Mapping.attach(segment.name)
-                fresh = Mapping.open(segment.name)
+                fresh = segment._attach_anew()
             except ShmcoordError:
                 continue  # nobody has made it anew, or it is not whole yet
             _log.warning("segment %s was made anew: attached to the new one", segment.name)
@@ -206,6 +207,7 @@ cdef class Router:
             self.epochs[i] = load_acquire_u64(&(<Mapping>fresh).m.sync.epoch)
             self.tables = {}
             self.last_group = None
+            self.last_table = None
             found = 1
         return found
 
@@ -374,6 +376,7 @@ cdef class Router:
             self._raise_saturated(group, timeout_s)
         return lease
 
+    @cython.binding(True)  # so that inspect.iscoroutinefunction knows it for what it is
     async def acquire_async(self, group, timeout_s=1.0, cost=1, *, explain=False):
         """`acquire` on an event loop: waits without blocking it, and can be cancelled."""
         import asyncio  # costs more to import than all of shmcoord

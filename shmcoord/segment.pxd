@@ -33,6 +33,7 @@ cdef class Mapping:
     cdef readonly str name
     cdef object _created_wall_ns
     cdef object _identity  # (st_dev, st_ino)
+    cdef object _mode      # write permissions of others that were accepted
     cdef int check(self) except -1
 
 cdef int check_state(int state, str what) except -1

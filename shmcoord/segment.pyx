@@ -68,8 +68,7 @@ cdef void _fork_child() noexcept nogil:
         if m.fd >= 0:
             c_close(m.fd)
             m.fd = -1
-        if m.state == MAPPING_OPEN:
-            m.state = MAPPING_FORKED
+        m.state = MAPPING_FORKED  # also of closed ones: handles on them may still be let go
         m = m.next
     pthread_mutex_init(&_mappings_lock, NULL)
 
@@ -161,10 +160,6 @@ cdef object _check_header(const shmc_header* h, str name, uint64_t file_size):
         )
     if h.incarnation == 0 or h.mode & ~<uint32_t>0o777:
         raise SegmentCorrupt(f"{name}: impossible incarnation or mode in the header")
-
-
-class _BeforeReboot(SegmentCorrupt):
-    """The segment was made before the host last booted."""
 
 
 cdef bint _read_header(int fd, shmc_header* h) except -1:
@@ -259,12 +254,10 @@ cdef class Mapping:
             fd = _open_or_create(path, name, mode)
             try:
                 found = _attach_or_init(cls, fd, path, name, slots, leases, mode)
-            except BaseException:
+            finally:
                 os.close(fd)
-                raise
             if found is not None:
                 return found
-            os.close(fd)
             if time.monotonic() > deadline:
                 raise SegmentCorrupt(
                     f"{name}: another process has been creating it for {_INIT_PATIENCE_S:g} s "
@@ -284,23 +277,11 @@ cdef class Mapping:
             SegmentNotFound: there is none, or nobody finished creating it.
             SegmentForbidden, SegmentCorrupt, LayoutMismatch: as for `open`.
         """
-        cdef shmc_header h
-        path = _path(name)
-        fd = _open_existing(path, name, os.O_RDONLY)
-        try:
-            info = os.fstat(fd)
-            _check_file(info, name, mode)
-            if not _read_header(fd, &h):
-                if _is_half_made(fd, info.st_size):
-                    raise SegmentNotFound(f"{name}: its creator has not finished it")
-                raise SegmentCorrupt(f"{name}: not a segment of shmcoord")
-            _check_header(&h, name, info.st_size)
-            if bytes(h.boot_id[:16]) != _boot_id():
-                raise _BeforeReboot(f"{name}: from before this host's last boot; unlink it")
-            return _map(cls, fd, name, info, &h, False)
-        except BaseException:
-            os.close(fd)
-            raise
+        return _attach(cls, name, mode, False)
+
+    def _attach_anew(self):
+        """A mapping of what the name leads to now; never creates."""
+        return _attach(Mapping, self.name, self._mode, self.m.writable)
 
     @staticmethod
     def unlink(name):
@@ -361,20 +342,42 @@ cdef class Mapping:
         return (info.st_dev, info.st_ino) != self._identity
 
     def _close(self):
-        """Refuse further use. The memory goes when the last handle on it does."""
+        """Refuse further use.
+
+        Memory and descriptor go when the last handle on them does: a router over this segment
+        still needs them to give back what it holds.
+        """
         if self.m.state == MAPPING_OPEN:
             self.m.state = MAPPING_CLOSED
-            # Under the mutex, so that a fork in another thread sees either the descriptor or -1.
-            pthread_mutex_lock(&_mappings_lock)
-            fd = self.m.fd
-            self.m.fd = -1
-            pthread_mutex_unlock(&_mappings_lock)
-            if fd >= 0:
-                c_close(fd)
 
     def __repr__(self):
         state = ("", ", closed", ", of the parent process")[self.m.state]
         return f"<{type(self).__name__} {self.name}: {self.m.slots} slots{state}>"
+
+
+cdef object _attach(type cls, name, mode, bint writable):
+    """A mapping of the existing segment `name`; never creates, writes nothing."""
+    cdef shmc_header h
+    cdef int attempt
+    path = _path(name)
+    fd = _open_existing(path, name, os.O_RDWR if writable else os.O_RDONLY)
+    try:
+        for attempt in range(3):
+            # `ready` is looked at before the size: once it is set, both are final.
+            ready = _read_header(fd, &h)
+            info = os.fstat(fd)
+            _check_file(info, name, mode)
+            if ready and info.st_size > 0:
+                _check_header(&h, name, info.st_size)
+                if bytes(h.boot_id[:16]) != _boot_id():
+                    raise SegmentCorrupt(f"{name}: from before this host's last boot; unlink it")
+                return _map(cls, fd, name, info, &h, mode, writable)
+            if _is_half_made(fd, info.st_size):
+                raise SegmentNotFound(f"{name}: its creator has not finished it")
+            # Finished between the two looks, or no segment: look again.
+        raise SegmentCorrupt(f"{name}: not a segment of shmcoord")
+    finally:
+        os.close(fd)
 
 
 def _open_existing(path, name, access):
@@ -427,13 +430,15 @@ cdef object _attach_or_init(type cls, int fd, str path, str name, uint32_t slots
     if info.st_size > 0 and _read_header(fd, &h):
         _check_header(&h, name, info.st_size)
         if bytes(h.boot_id[:16]) == _boot_id():
-            return _map(cls, fd, name, info, &h, True)
+            return _map(cls, fd, name, info, &h, mode, True)
         # /dev/shm outlived a reboot (a bind mount): nobody of then is alive. The owner of the
         # file is us, so the name may be given to a new segment.
         _log.warning("segment %s is from before the last boot: made anew", name)
         _unlink_if_same(path, info)
         return None
     if not _is_half_made(fd, info.st_size):
+        if _read_header(fd, &h):
+            return None  # finished since we looked
         raise SegmentCorrupt(f"{name}: not a segment of shmcoord; nothing was changed")
     err = ofd_lock(fd, SHMC_LOCK_INIT, F_WRLCK)
     if err != 0:
@@ -470,7 +475,7 @@ cdef object _attach_or_init(type cls, int fd, str path, str name, uint32_t slots
     if not _read_header(fd, &h):
         return None
     _check_header(&h, name, info.st_size)
-    return _map(cls, fd, name, info, &h, True)
+    return _map(cls, fd, name, info, &h, mode, True)
 
 
 def _is_same(path, info):
@@ -521,9 +526,17 @@ cdef object _initialise(int fd, uint32_t slots, uint32_t leases, uint32_t mode):
     c_munmap(h, sizeof(shmc_header))
 
 
-cdef object _map(type cls, int fd, str name, info, const shmc_header* h, bint writable):
-    """The mapping of a validated header; takes the descriptor over."""
+cdef object _map(type cls, int fd, str name, info, const shmc_header* h, mode, bint writable):
+    """The mapping of a validated header. The caller closes its own descriptor.
+
+    The mapping gets an open file description of its own, made and registered with the mutex that
+    the fork handlers hold: no forked child can have a copy that they do not know of, in which this
+    process's owner locks would outlive it.
+    """
     global _mappings
+    cdef bytes again = b"/proc/self/fd/%d" % fd
+    cdef const char* again_path = again
+    cdef int err
     cdef Mapping self = cls.__new__(cls)
     cdef mapping_t* m = <mapping_t*>calloc(1, sizeof(mapping_t))
     if m == NULL:
@@ -531,6 +544,7 @@ cdef object _map(type cls, int fd, str name, info, const shmc_header* h, bint wr
     self.name = name
     self._created_wall_ns = h.created_wall_ns
     self._identity = (info.st_dev, info.st_ino)
+    self._mode = mode
     m.time_ns_id = _time_namespace()
     m.size = h.total_bytes
     m.base = <char*>c_mmap(
@@ -541,7 +555,6 @@ cdef object _map(type cls, int fd, str name, info, const shmc_header* h, bint wr
         raise MemoryError(f"mmap of segment {name} failed")
     c_madvise(m.base, m.size, MADV_DONTFORK)
     m.writable = writable
-    m.fd = fd
     m.slots = h.slots
     m.leases = h.leases
     m.sync = <shmc_sync*>(m.base + SHMC_SYNC_OFFSET)
@@ -552,11 +565,18 @@ cdef object _map(type cls, int fd, str name, info, const shmc_header* h, bint wr
     m.meta = <shmc_meta*>(m.base + shmc_meta_offset(m.slots, m.leases))
     m.incarnation = h.incarnation
     m.state = MAPPING_OPEN
-    self.m = m
     pthread_mutex_lock(&_mappings_lock)
-    m.next = _mappings
-    _mappings = m
+    m.fd = c_open(again_path, (O_RDWR if writable else O_RDONLY) | O_CLOEXEC)
+    err = errno
+    if m.fd >= 0:
+        m.next = _mappings
+        _mappings = m
     pthread_mutex_unlock(&_mappings_lock)
+    if m.fd < 0:
+        c_munmap(m.base, m.size)
+        free(m)
+        raise OSError(err, os.strerror(err), name)
+    self.m = m
     return self
 
 

@@ -64,25 +64,25 @@ class _UpdateThread:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, weakref.ref[Any]]] = []
+        self._nodes: weakref.WeakSet[Any] = weakref.WeakSet()
         self._count = itertools.count()
         self._thread: threading.Thread | None = None
 
     def add(self, node: Refreshable) -> None:
         with self._changed:
             entry = (time.monotonic() + node.interval_s, next(self._count), weakref.ref(node))
-            heapq.heappush(self._due, entry)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="shmcoord-update", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="shmcoord-update", daemon=True)
+                thread.start()
+                self._thread = thread
                 _log.info("update thread started (every %g s)", node.interval_s)
-            else:
-                self._changed.notify()
+            heapq.heappush(self._due, entry)
+            self._nodes.add(node)
+            self._changed.notify()
 
     def nodes(self) -> list[Refreshable]:
         with self._changed:
-            return [node for _, _, ref in self._due if (node := ref()) is not None]
+            return list(self._nodes)
 
     def _run(self) -> None:
         while True:
@@ -93,10 +93,9 @@ class _UpdateThread:
                     now = time.monotonic()
                 _, order, ref = heapq.heappop(self._due)
             node = ref()
-            if node is None or not self._refresh(node):
-                continue
-            with self._changed:
-                heapq.heappush(self._due, (now + node.interval_s, order, ref))
+            if node is not None and self._refresh(node):
+                with self._changed:
+                    heapq.heappush(self._due, (now + node.interval_s, order, ref))
             del node  # or this thread would keep the last node alive while it waits
 
     @staticmethod

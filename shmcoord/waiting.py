@@ -94,13 +94,12 @@ class WaitQueue(Generic[T]):
             if self._closed:
                 raise ValueError("the router is closed")
             first = not self._is_ahead(group)
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="shmcoord-waiting", daemon=True)
+                thread.start()  # may fail; it waits for our lock before it looks at the queue
+                self._thread = thread
             self._waiters.append(waiter)
             self._arrivals += 1
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="shmcoord-waiting", daemon=True
-                )
-                self._thread.start()
         if first:
             self._try(waiter)
         return waiter.future
@@ -118,6 +117,9 @@ class WaitQueue(Generic[T]):
         self._begin()
         try:
             while True:
+                with self._lock:
+                    if self._closed:
+                        return
                 ticket = self._ticket()
                 self._serve()
                 with self._lock:
