@@ -333,7 +333,7 @@ if pid == 0:
     try:
         libc = ctypes.CDLL(None)
         libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
         # Private, anonymous, readable and writable; the kernel heeds the wish if the place is free.
         mine = libc.mmap(address, size, 3, 0x22, -1, 0)
         assert mine == address, "the parent's mapping was inherited"
