@@ -48,7 +48,8 @@ lint: $(VENV)/.dev  ## ruff, mypy, stubtest and cython-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/cython-lint shmcoord bench
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint shmcoord bench
+	$(BIN)/python -m pytest -q tests/test_stubs.py
 
 format: $(VENV)/.dev  ## format the Python code
 	$(BIN)/ruff check --fix .

@@ -6,8 +6,6 @@ Serving side: `Segment.open(name).join(...)` and `with node.request():`. Routing
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 try:
     from shmcoord.api import Segment
     from shmcoord.backend import Backend
@@ -41,9 +39,11 @@ from shmcoord.errors import (
     ShmcoordError,
 )
 
+TYPE_CHECKING = False  # as of typing, which costs a third of a MiB to import
 if TYPE_CHECKING:
+    from shmcoord import transport as transport
     from shmcoord.decision import Candidate, Decision
-    from shmcoord.dispatch import AsyncDispatcher, Dispatcher
+    from shmcoord.dispatch import AsyncDispatcher, Dispatcher, NoneReachable
     from shmcoord.policy import POLICIES
 
 __version__ = "0.1.0"
@@ -65,6 +65,7 @@ __all__ = [
     "Node",
     "NodeExists",
     "NodeNotFound",
+    "NoneReachable",
     "Request",
     "Router",
     "Saturated",
@@ -85,6 +86,7 @@ __all__ = [
 _LAZY = {
     "AsyncDispatcher": "shmcoord.dispatch",
     "Dispatcher": "shmcoord.dispatch",
+    "NoneReachable": "shmcoord.dispatch",
     "Candidate": "shmcoord.decision",
     "Decision": "shmcoord.decision",
     "POLICIES": "shmcoord.policy",
@@ -92,14 +94,16 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> object:
-    """Import what is rarely needed at its first use."""
-    import importlib
+if not TYPE_CHECKING:  # or a type checker would believe in every name
 
-    if name not in _LAZY:
-        raise AttributeError(f"module 'shmcoord' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    return module if name == "transport" else getattr(module, name)
+    def __getattr__(name: str) -> object:
+        """Import what is rarely needed at its first use."""
+        import importlib
+
+        if name not in _LAZY:
+            raise AttributeError(f"module 'shmcoord' has no attribute {name!r}")
+        module = importlib.import_module(_LAZY[name])
+        return module if name == "transport" else getattr(module, name)
 
 
 def get_include() -> str:

@@ -28,12 +28,14 @@
  *
  * Lease cell, one u64; 0 is free:
  *
- *    63   60 59       48 47              32 31     16 15      0
+ *    63   62 61       50 49              40 39     24 23      0
  *   | state | owner slot| owner generation | cost    | op      |
  *
  *   Taken and freed only by CAS, freed only from the exact value that was put there: by its owner,
  *   by the adopting node (RESERVED(router) -> RUNNING(node)), or by anybody once its owner is dead.
- *   `op` differs between consecutive leases of one owner, so a stale value never matches (ABA).
+ *   `op` counts the owner's leases, so that a stale value matches again only after 2^24 of them, on
+ *   the same cell (ABA). Ten bits of the generation are enough beside it: no cell of a former owner
+ *   outlives the next claim of its slot.
  *
  * Death word (hot.death), one u32, a robust futex (see set_robust_list(2)):
  *
@@ -75,6 +77,8 @@
 
 #define SHMC_FIELD_MAX 0xFFFFFu /* largest `waiting` and `in flight` */
 #define SHMC_COST_MAX 0xFFFFu
+#define SHMC_OP_MAX 0xFFFFFFu
+#define SHMC_CELL_GENERATION_MASK 0x3FFu
 
 /* State field of a lease cell. */
 #define SHMC_CELL_RESERVED 1u

@@ -9,8 +9,17 @@ from shmcoord.segment cimport MAPPING_OPEN
 from shmcoord.status cimport STATE_SHUTDOWN, state_enum, state_of, word_generation, word_queue
 
 
+# Set around the only places that make these objects: they are made of memory, never of arguments
+# (and never by copying).
+cdef bint _making = False
+
+
 cdef Backend make_backend(Mapping mapping, NodeInfo info):
-    cdef Backend self = Backend.__new__(Backend)
+    global _making
+    cdef Backend self
+    _making = True
+    self = Backend.__new__(Backend)
+    _making = False
     self.mapping = mapping
     self.m = mapping.m
     self.info = info
@@ -27,8 +36,9 @@ cdef class Backend:
     given to another) they read 0, SHUTDOWN and False for ever.
     """
 
-    def __init__(self):
-        raise TypeError("use Segment.backend(node_name) or Router.pick(group)")
+    def __cinit__(self):
+        if not _making:
+            raise TypeError("use Segment.backend(node_name) or Router.pick(group)")
 
     @property
     def node(self):

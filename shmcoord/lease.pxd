@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
 from shmcoord.backend cimport Backend
-from shmcoord.liveness cimport Participant, cell_make, death_is_alive, notify_release
+from shmcoord.liveness cimport Participant, cell_make, cell_state, death_is_alive, notify_release
 from shmcoord.segment cimport Mapping, mapping_t
 from shmcoord.status cimport word_add_inflight, word_generation, word_state
 

@@ -21,8 +21,14 @@ from shmcoord.errors import LeaseLost, LeaseReleased
 COST_MAX = SHMC_COST_MAX
 
 
+# Set around the only places that make these objects: they are made of memory, never of arguments
+# (and never by copying).
+cdef bint _making = False
+
+
 cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full):
     """A lease on the node, or None: `full` tells whether for want of a cell or of an open node."""
+    global _making
     cdef mapping_t* m = backend.m
     cdef shmc_hot* hot = backend.hot
     cdef uint64_t* row = m.cells + <size_t>backend.info.slot * m.leases
@@ -38,7 +44,9 @@ cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full
         cas_seqcst_u64(&row[index], value, 0)
         return None
     word_add_inflight(hot, backend.info.generation, cost)
+    _making = True
     lease = Lease.__new__(Lease)
+    _making = False
     lease.backend = backend
     lease.owner = owner
     lease.hot = hot
@@ -76,7 +84,7 @@ cdef uint64_t* find_cell(Mapping mapping, uint32_t slot, uint32_t generation, st
         )
     if node != slot or node_generation != generation or index >= m.leases:
         raise LeaseLost("the lease is of another node, or of an earlier process of this one")
-    if expected >> 60 != SHMC_CELL_RESERVED:
+    if cell_state(expected) != SHMC_CELL_RESERVED:
         raise LeaseLost("the token does not name a reservation")
     value[0] = expected
     return m.cells + <size_t>slot * m.leases + <size_t>index
@@ -96,8 +104,9 @@ cdef class Lease:
         decision: the `Decision` behind it, if it was acquired with `explain=True`.
     """
 
-    def __init__(self):
-        raise TypeError("use Router.acquire(group)")
+    def __cinit__(self):
+        if not _making:
+            raise TypeError("use Router.acquire(group)")
 
     def __dealloc__(self):
         if self.owner is None or self.released or self.owner.mapping.m.state == MAPPING_FORKED:

@@ -7,27 +7,32 @@ from shmcoord.segment cimport Mapping, mapping_t
 from shmcoord.status cimport NodeInfo, word_add_inflight
 
 
-# --- lease cells: state:4 | owner slot:12 | owner generation:16 | cost:16 | op:16
+# --- lease cells: state:2 | owner slot:12 | owner generation:10 | cost:16 | op:24
 
 cdef inline uint64_t cell_make(uint32_t state, uint32_t owner, uint32_t generation, uint32_t cost,
                                uint32_t op) noexcept nogil:
     return (
-        <uint64_t>(state & 0xF) << 60 | <uint64_t>(owner & 0xFFF) << 48
-        | <uint64_t>(generation & 0xFFFF) << 32 | <uint64_t>(cost & 0xFFFF) << 16
-        | <uint64_t>(op & 0xFFFF)
+        <uint64_t>(state & 0x3) << 62 | <uint64_t>(owner & 0xFFF) << 50
+        | <uint64_t>(generation & SHMC_CELL_GENERATION_MASK) << 40
+        | <uint64_t>(cost & SHMC_COST_MAX) << 24 | <uint64_t>(op & SHMC_OP_MAX)
     )
 
 cdef inline uint32_t cell_state(uint64_t cell) noexcept nogil:
-    return <uint32_t>(cell >> 60)
+    return <uint32_t>(cell >> 62)
 
 cdef inline uint32_t cell_owner(uint64_t cell) noexcept nogil:
-    return <uint32_t>(cell >> 48) & 0xFFF
+    return <uint32_t>(cell >> 50) & 0xFFF
 
-cdef inline uint32_t cell_generation(uint64_t cell) noexcept nogil:
-    return <uint32_t>(cell >> 32) & 0xFFFF
+cdef inline bint cell_is_of(uint64_t cell, uint32_t owner, uint32_t generation) noexcept nogil:
+    """Whether this generation of the participant in slot `owner` owns the cell."""
+    return (
+        cell_owner(cell) == owner
+        and (<uint32_t>(cell >> 40) & SHMC_CELL_GENERATION_MASK)
+        == (generation & SHMC_CELL_GENERATION_MASK)
+    )
 
 cdef inline uint32_t cell_cost(uint64_t cell) noexcept nogil:
-    return <uint32_t>(cell >> 16) & 0xFFFF
+    return <uint32_t>(cell >> 24) & SHMC_COST_MAX
 
 cdef inline bint death_is_alive(uint32_t death) noexcept nogil:
     """Whether a death word says that its owner lives: it has a thread id and no death mark."""
@@ -46,7 +51,7 @@ cdef inline bint owner_is_dead(const mapping_t* m, uint64_t cell) noexcept nogil
     cdef uint32_t slot = cell_owner(cell)
     if slot >= m.slots:
         return True
-    if (load_acquire_u32(&m.hot[slot].generation) & 0xFFFF) != cell_generation(cell):
+    if not cell_is_of(cell, slot, load_acquire_u32(&m.hot[slot].generation)):
         return True
     return not slot_is_alive(m, slot)
 
@@ -79,12 +84,13 @@ cdef class Participant:
     cdef readonly uint32_t slot, generation
     cdef readonly bint left
     cdef uint32_t op
+    cdef object __weakref__
     cdef int leave(self) except -1
     cdef void _give_back(self) noexcept nogil
 
     cdef inline uint32_t next_op(self) noexcept nogil:
         """A number that differs between consecutive leases of this owner."""
-        self.op = (self.op + 1) & 0xFFFF
+        self.op = (self.op + 1) & SHMC_OP_MAX
         return self.op
 
 

@@ -34,9 +34,11 @@ from shmcoord.status cimport (
     word_make,
 )
 
+import atexit
 import os
 import threading
 import time
+import weakref
 
 from shmcoord.errors import NodeExists, SegmentFull, SegmentForbidden, ShmcoordError
 
@@ -291,11 +293,7 @@ cdef uint32_t _free_owned(mapping_t* m, uint32_t owner, uint32_t generation) noe
         row = m.cells + <size_t>slot * m.leases
         for i in range(m.leases):
             cell = load_acquire_u64(&row[i])
-            if (
-                cell != 0
-                and cell_owner(cell) == owner
-                and cell_generation(cell) == (generation & 0xFFFF)
-            ):
+            if cell != 0 and cell_is_of(cell, owner, generation):
                 freed += _free_cell(m, slot, &row[i], cell)
     return freed
 
@@ -461,15 +459,24 @@ cdef int64_t _take_slot(Mapping mapping, uint32_t kind, str name) except -1:
     )
 
 
+# Set around the only places that make these objects: they are made of memory, never of arguments
+# (and never by copying).
+cdef bint _making = False
+
+
 cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32_t slot):
     """Become the owner of a slot whose owner lock we hold."""
+    global _making
     cdef mapping_t* m = mapping.m
     cdef shmc_hot* hot = &m.hot[slot]
     cdef uint64_t words[32]
     cdef uint64_t now = mono_ns()
     cdef uint32_t generation = load_relaxed_u32(&hot.generation) + 1
     cdef entry_t* entry
-    cdef Participant self = Participant.__new__(Participant)
+    cdef Participant self
+    _making = True
+    self = Participant.__new__(Participant)
+    _making = False
     if (generation & 0xFFFF) == 0:
         generation += 1
     entry = <entry_t*>calloc(1, sizeof(entry_t))
@@ -510,6 +517,7 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     if not _hold(entry):
         raise OSError("the beat thread could not be started")
     self.left = False
+    _participants.add(self)
     or_seqcst_u64(&m.bitmap[slot >> 6], <uint64_t>1 << (slot & 63))
     _move_epoch(m)
     return self
@@ -517,10 +525,11 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
 
 @cython.no_gc_clear  # __dealloc__ needs the mapping
 cdef class Participant:
-    """A claimed slot. Whoever drops the last reference leaves it."""
+    """A claimed slot. Whoever drops the last reference leaves it; so does a regular exit."""
 
-    def __init__(self):
-        raise TypeError("a slot is taken with Segment.join or by a Router")
+    def __cinit__(self):
+        if not _making:
+            raise TypeError("a slot is taken with Segment.join or by a Router")
 
     def __dealloc__(self):
         if self.entry == NULL:
@@ -552,6 +561,19 @@ cdef class Participant:
         _move_epoch(m)
         if m.fd >= 0:
             ofd_lock(m.fd, slot, F_UNLCK)
+
+
+_participants = weakref.WeakSet()
+
+
+def _leave_all():
+    """At a regular end of the process nobody stays behind as DEAD."""
+    for participant in list(_participants):
+        if (<Participant>participant).entry.m.state != MAPPING_FORKED:
+            (<Participant>participant).leave()
+
+
+atexit.register(_leave_all)
 
 
 # --- judging progress -------------------------------------------------------------------------

@@ -51,8 +51,14 @@ cdef void _put(char* target, bytes raw) noexcept:
     memcpy(target, <const char*>raw, len(raw))
 
 
+# Set around the only places that make these objects: they are made of memory, never of arguments
+# (and never by copying).
+cdef bint _making = False
+
+
 cdef Node join_node(Mapping segment, str name, str group, str endpoint, object capacity,
                     object weight, object interval_s, tuple gauges):
+    global _making
     cdef shmc_meta meta
     cdef Node self
     cdef Participant participant
@@ -90,7 +96,9 @@ cdef Node join_node(Mapping segment, str name, str group, str endpoint, object c
     meta.gauge_count = <uint32_t>len(gauges)
 
     participant = claim(segment, SHMC_KIND_NODE, &meta, name)
+    _making = True
     self = Node.__new__(Node)
+    _making = False
     self.segment = segment
     self.participant = participant
     self.name = name
@@ -125,8 +133,9 @@ cdef class Node:
         segment: the segment it joined.
     """
 
-    def __init__(self):
-        raise TypeError("use Segment.join(name, ...)")
+    def __cinit__(self):
+        if not _making:
+            raise TypeError("use Segment.join(name, ...)")
 
     cdef int check(self) except -1:
         if self.m.state != MAPPING_OPEN:
@@ -150,7 +159,7 @@ cdef class Node:
             SHMC_CELL_RUNNING, self.participant.slot, self.participant.generation, 1,
             self.participant.next_op(),
         )
-        request = Request.__new__(Request)
+        request = _new_request()
         request.index = take_cell(self.row, 0, self.m.leases, value)
         request.value = value
         request.node = self
@@ -200,7 +209,7 @@ cdef class Node:
         except LeaseLost:
             add_seqcst_u64(&self.hot.refused, 1)
             raise
-        request = Request.__new__(Request)
+        request = _new_request()
         request.node = self
         request.index = <int>(cell - self.row)
         request.value = value
@@ -422,6 +431,15 @@ cdef class Node:
         return f"<Node {self.name} of {self.group} in {self.segment.name}>"
 
 
+cdef inline Request _new_request():
+    global _making
+    cdef Request request
+    _making = True
+    request = Request.__new__(Request)
+    _making = False
+    return request
+
+
 @cython.no_gc_clear  # __dealloc__ needs the node
 cdef class Request:
     """One running request: the handle of `Node.begin` and `Node.adopt`.
@@ -430,8 +448,9 @@ cdef class Request:
     dropped without being ended is ended, as failed, when it is collected.
     """
 
-    def __init__(self):
-        raise TypeError("use Node.begin(), Node.request() or Node.adopt(token)")
+    def __cinit__(self):
+        if not _making:
+            raise TypeError("use Node.begin(), Node.request() or Node.adopt(token)")
 
     def __dealloc__(self):
         if self.node is not None and not self.ended:

@@ -8,10 +8,8 @@ from shmcoord.status cimport NodeInfo
 
 cdef extern from *:
     """
-    #define SHMC_TIER 1e12  /* larger than any queue relative to weight: the lower tier wins */
     #define SHMC_LOAD_BITS 0xFFFFFFFFFFFull  /* waiting, in flight and flags of a load word */
     """
-    const double TIER "SHMC_TIER"
     const uint64_t LOAD_BITS "SHMC_LOAD_BITS"
 
 cdef enum:

@@ -40,37 +40,37 @@ cdef inline bint _is_open(const candidate_t* c, uint32_t skip, uint64_t* word) n
     return c.skip != skip and _is_eligible(c, word[0])
 
 
-cdef inline double _score(const candidate_t* c, uint64_t word) noexcept nogil:
-    """IDLE before BUSY, then queue relative to weight; penalised ones behind all others.
+cdef inline uint32_t _tier(const candidate_t* c, uint64_t word) noexcept nogil:
+    """IDLE before BUSY, penalised ones behind all others; the lower tier wins, whatever the queues.
 
     For an eligible candidate: its state field is 0, so all that is below the tag tells IDLE.
     """
-    cdef double score = 0.0
-    if word & LOAD_BITS:
-        score = word_queue(word) * c.inverse_weight + TIER
-    if c.penalty:
-        score += 4.0 * TIER
-    return score
+    return c.penalty << 1 | <uint32_t>((word & LOAD_BITS) != 0)
+
+
+cdef inline double _score(const candidate_t* c, uint64_t word) noexcept nogil:
+    """Queue relative to weight; the lower wins within a tier."""
+    return word_queue(word) * c.inverse_weight
 
 
 cdef bint score_of(const candidate_t* c, double* score) noexcept nogil:
     """Whether a candidate is eligible, and its score."""
     cdef uint64_t word = load_relaxed_u64(&c.hot.load)
-    score[0] = word_queue(word) * c.inverse_weight
+    score[0] = _score(c, word)
     return _is_eligible(c, word)
 
 
 cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
-    cdef uint32_t i, _draw, ties = 0
-    cdef uint64_t word, load, best_load = <uint64_t>-1
-    cdef double score, best = 64.0 * TIER, best_inverse = 0.0
+    cdef uint32_t i, tier, best_tier = 0xFFFFFFFFu, ties = 0
+    cdef uint64_t word, load, best_load = 0
+    cdef double score, best = 0.0, best_inverse = 0.0
     cdef candidate_t* c
     # Nobody beats an IDLE node without penalty, and all of those tie. In a large group a few draws
     # usually find one, each as likely as any other; only else is everybody looked at.
     if table.count > DRAWS:
-        for _draw in range(<uint32_t>DRAWS):
+        for i in range(<uint32_t>DRAWS):
             c = &table.items[_random_below(rng, table.count)]
-            if _is_open(c, skip, &word) and not c.penalty and not word & LOAD_BITS:
+            if _is_open(c, skip, &word) and _tier(c, word) == 0:
                 return <int>(c - table.items)
     for i in range(table.count):
         c = &table.items[i]
@@ -78,14 +78,22 @@ cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexce
             continue
         load = word & LOAD_BITS
         # The same numbers as the best so far need no arithmetic: the usual case among many.
-        if load != best_load or c.inverse_weight != best_inverse or c.penalty:
-            score = _score(c, word)
-            if score > best:
+        if (
+            load != best_load
+            or c.inverse_weight != best_inverse
+            or c.penalty != best_tier >> 1
+        ):
+            tier = _tier(c, word)
+            if tier > best_tier:
                 continue
-            if score < best:
-                best = score
+            score = _score(c, word)
+            if tier == best_tier and score > best:
+                continue
+            if tier < best_tier or score < best:
                 ties = 0
-                best_load = <uint64_t>-1 if c.penalty else load
+                best = score
+                best_tier = tier
+                best_load = load
                 best_inverse = c.inverse_weight
         if ties < KEPT:
             table.scratch[ties] = i
@@ -94,26 +102,33 @@ cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexce
         return -1
     if ties <= KEPT:
         return <int>table.scratch[_random_below(rng, ties) if ties > 1 else 0]
-    return _draw_tie(table, skip, rng, ties, best)
+    return _draw_tie(table, skip, rng, ties, best_tier, best)
+
+
+cdef inline bint _is_as_good(const candidate_t* c, uint32_t skip, uint32_t tier,
+                             double score) noexcept nogil:
+    cdef uint64_t word
+    return (
+        _is_open(c, skip, &word)
+        and _tier(c, word) <= tier
+        and (_tier(c, word) < tier or _score(c, word) <= score)
+    )
 
 
 cdef int _draw_tie(candidates_t* table, uint32_t skip, uint64_t* rng, uint32_t ties,
-                   double best) noexcept nogil:
-    """One of many candidates whose score is `best`, each as likely.
+                   uint32_t tier, double score) noexcept nogil:
+    """One of many candidates that are as good as the best found, each as likely.
 
     Loads move meanwhile; who is as good by now is as good a choice.
     """
-    cdef uint32_t i, _draw, left
-    cdef uint64_t word
-    cdef candidate_t* c
-    for _draw in range(<uint32_t>DRAWS):
-        c = &table.items[_random_below(rng, table.count)]
-        if _is_open(c, skip, &word) and _score(c, word) <= best:
-            return <int>(c - table.items)
+    cdef uint32_t i, left
+    for i in range(<uint32_t>DRAWS):
+        left = _random_below(rng, table.count)
+        if _is_as_good(&table.items[left], skip, tier, score):
+            return <int>left
     left = _random_below(rng, ties)
     for i in range(table.count):
-        c = &table.items[i]
-        if _is_open(c, skip, &word) and _score(c, word) <= best:
+        if _is_as_good(&table.items[i], skip, tier, score):
             if left == 0:
                 return <int>i
             left -= 1

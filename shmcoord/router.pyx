@@ -67,6 +67,11 @@ cdef class Router:
 
     def __cinit__(self, *segments, **options):
         self.epochs = NULL
+        self.is_closed = True  # until it is whole
+        self.segments = []
+        self.participants = []
+        self.tables = {}
+        self.unreachable = {}
 
     def __init__(self, *segments, policy="least-loaded", seed=None):
         if not segments:
@@ -89,6 +94,7 @@ cdef class Router:
         if len(set(names)) != len(names):
             raise ValueError(f"a segment is named twice: {', '.join(names)}")
         for segment in self.segments:
+            (<Mapping>segment).check()
             if not (<Mapping>segment).m.writable:
                 raise ValueError(
                     f"segment {segment.name} is attached read-only; a router reserves, so give "
@@ -106,6 +112,7 @@ cdef class Router:
             self.epochs[<uint32_t>i] = load_acquire_u64(&(<Mapping>self.segments[i]).m.sync.epoch)
         self.stale_at_ns = mono_coarse_ns() + _STALE_EVERY_NS
         self.waiting = None
+        self.is_closed = False
 
     def __dealloc__(self):
         free(self.epochs)

@@ -19,7 +19,6 @@ from shmcoord._atomics cimport store_release_u32
 from shmcoord._layout cimport *
 from shmcoord._posix cimport *
 
-import contextlib
 import errno as _errno
 import logging
 import os
@@ -190,14 +189,18 @@ def _is_half_made(fd, size):
     )
 
 
+# Set around the only places that make these objects: they are made of memory, never of arguments
+# (and never by copying).
+cdef bint _making = False
+
+
 cdef class Mapping:
     """A mapped segment. The public face is `shmcoord.Segment`, a subclass."""
 
     def __cinit__(self, *args, **kwargs):
         self.m = NULL
-
-    def __init__(self, *args, **kwargs):
-        raise TypeError("use Segment.open(name) or Segment.attach(name)")
+        if not _making:
+            raise TypeError("use Segment.open(name) or Segment.attach(name)")
 
     def __dealloc__(self):
         cdef mapping_t* m = self.m
@@ -363,10 +366,10 @@ cdef object _attach(type cls, name, mode, bint writable):
     fd = _open_existing(path, name, os.O_RDWR if writable else os.O_RDONLY)
     try:
         for attempt in range(3):
+            _check_file(os.fstat(fd), name, mode)
             # `ready` is looked at before the size: once it is set, both are final.
             ready = _read_header(fd, &h)
             info = os.fstat(fd)
-            _check_file(info, name, mode)
             if ready and info.st_size > 0:
                 _check_header(&h, name, info.st_size)
                 if bytes(h.boot_id[:16]) != _boot_id():
@@ -404,8 +407,10 @@ def _open_or_create(path, name, mode):
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
         except FileExistsError:
-            with contextlib.suppress(SegmentNotFound):  # unlinked in between: once more
+            try:
                 return _open_existing(path, name, os.O_RDWR)
+            except SegmentNotFound:
+                continue  # unlinked in between: once more
         except OSError as error:
             if error.errno == _errno.ENOSPC:
                 raise SegmentFull(f"{name}: no room in {DIRECTORY}") from None
@@ -488,8 +493,10 @@ def _is_same(path, info):
 
 def _unlink_if_same(path, info):
     if _is_same(path, info):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(path)
+        except FileNotFoundError:
+            pass
 
 
 cdef object _initialise(int fd, uint32_t slots, uint32_t leases, uint32_t mode):
@@ -533,14 +540,19 @@ cdef object _map(type cls, int fd, str name, info, const shmc_header* h, mode, b
     the fork handlers hold: no forked child can have a copy that they do not know of, in which this
     process's owner locks would outlive it.
     """
-    global _mappings
+    global _making, _mappings
     cdef bytes again = b"/proc/self/fd/%d" % fd
     cdef const char* again_path = again
     cdef int err
-    cdef Mapping self = cls.__new__(cls)
+    cdef Mapping self
     cdef mapping_t* m = <mapping_t*>calloc(1, sizeof(mapping_t))
     if m == NULL:
         raise MemoryError()
+    _making = True
+    try:
+        self = cls.__new__(cls)
+    finally:
+        _making = False
     self.name = name
     self._created_wall_ns = h.created_wall_ns
     self._identity = (info.st_dev, info.st_ino)

@@ -55,6 +55,11 @@ cdef tuple _STATES = tuple(State)
 cdef tuple _HEALTHS = tuple(Health)
 
 
+# Set around the only places that make these objects: they are made of memory, never of arguments
+# (and never by copying).
+cdef bint _making = False
+
+
 cdef object state_enum(int state):
     return _STATES[state]
 
@@ -90,6 +95,7 @@ cdef void meta_write(shmc_meta* target, const shmc_meta* source) noexcept nogil:
 
 cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
     """What the node in `slot` wrote at its claim; None if there is no node."""
+    global _making
     cdef shmc_meta meta
     cdef uint64_t* words = <uint64_t*>&meta
     cdef const uint64_t* source = <const uint64_t*>&m.meta[slot]
@@ -108,7 +114,9 @@ cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
             break
     else:
         return None
+    _making = True
     info = NodeInfo.__new__(NodeInfo)
+    _making = False
     info.slot = slot
     info.generation = generation
     info.node = _text(meta.name, SHMC_NAME_BYTES)
@@ -133,6 +141,7 @@ cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
 
 cdef Status read_status(const mapping_t* m, NodeInfo info, int health, double heartbeat_age_s):
     """The status of the node that `info` describes; None if the slot has changed hands."""
+    global _making
     cdef uint64_t words[32]
     cdef uint64_t word
     cdef shmc_hot* hot = &m.hot[info.slot]
@@ -155,7 +164,9 @@ cdef Status read_status(const mapping_t* m, NodeInfo info, int health, double he
             break
     else:
         return None
+    _making = True
     status = Status.__new__(Status)
+    _making = False
     status.info = info
     status.waiting = word_waiting(word)
     status.inflight = word_inflight(word)
@@ -180,8 +191,9 @@ cdef Status read_status(const mapping_t* m, NodeInfo info, int health, double he
 cdef class NodeInfo:
     """What a node wrote once, at its claim. Cached by readers per slot and generation."""
 
-    def __init__(self):
-        raise TypeError("NodeInfo is made by reading a segment")
+    def __cinit__(self):
+        if not _making:
+            raise TypeError("NodeInfo is made by reading a segment")
 
 
 cdef class Status:
@@ -205,8 +217,9 @@ cdef class Status:
         heartbeat_age_s: since its last evidence of life, seconds.
     """
 
-    def __init__(self):
-        raise TypeError("Status is made by reading a segment")
+    def __cinit__(self):
+        if not _making:
+            raise TypeError("Status is made by reading a segment")
 
     @property
     def node(self):

@@ -6,7 +6,6 @@ needs the GIL), and takes the opportunity to publish memory, CPU and the rest of
 
 from __future__ import annotations
 
-import atexit
 import heapq
 import itertools
 import logging
@@ -14,7 +13,12 @@ import os
 import threading
 import time
 import weakref
-from typing import Any, Protocol
+
+TYPE_CHECKING = False  # what typing has under this name; typing itself costs a third of a MiB
+if TYPE_CHECKING:
+    from typing import Any, Protocol
+else:
+    Protocol = object
 
 _log = logging.getLogger("shmcoord.update")
 
@@ -27,9 +31,6 @@ class Refreshable(Protocol):
 
     def refresh(self) -> None:
         """Publish the metrics of this moment."""
-
-    def leave(self) -> None:
-        """Give back the slot."""
 
 
 class _Sampler:
@@ -64,7 +65,6 @@ class _UpdateThread:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, weakref.ref[Any]]] = []
-        self._nodes: weakref.WeakSet[Any] = weakref.WeakSet()
         self._count = itertools.count()
         self._thread: threading.Thread | None = None
 
@@ -77,12 +77,7 @@ class _UpdateThread:
                 self._thread = thread
                 _log.info("update thread started (every %g s)", node.interval_s)
             heapq.heappush(self._due, entry)
-            self._nodes.add(node)
             self._changed.notify()
-
-    def nodes(self) -> list[Refreshable]:
-        with self._changed:
-            return list(self._nodes)
 
     def _run(self) -> None:
         while True:
@@ -127,12 +122,6 @@ def add(node: Refreshable) -> None:
     _updates.add(node)
 
 
-def _leave_all() -> None:
-    """At a regular end of the process no node stays behind as DEAD."""
-    for node in _updates.nodes():
-        node.leave()
-
-
 def _after_fork() -> None:
     """The child has neither the thread nor the nodes."""
     global _sampler, _updates
@@ -140,5 +129,4 @@ def _after_fork() -> None:
     _updates = _UpdateThread()
 
 
-atexit.register(_leave_all)
 os.register_at_fork(after_in_child=_after_fork)

@@ -37,7 +37,7 @@ def router(segment):
 def states(name):
     """What is in the taken cells: 1 reserved, 2 running."""
     raw = Raw(name)
-    return sorted(c >> 60 for slot in range(raw.slots) for c in raw.cells(slot) if c)
+    return sorted(c >> 62 for slot in range(raw.slots) for c in raw.cells(slot) if c)
 
 
 # --- one lease
