@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 
 import pytest
@@ -120,6 +121,41 @@ def test_a_router_that_is_dropped_gives_back_once_its_leases_go(name, segment, n
     del lease
     with Router(segment) as other, other.acquire("GREEN"):
         assert states(name) == [1]
+
+
+def test_a_collection_in_the_middle_of_everything(name, segment, node, router):
+    """Finalisers that use the same node and router run whenever memory is asked for."""
+    used = []
+
+    class Garbage:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            node.begin().end()
+            with contextlib.suppress(Saturated):
+                router.acquire("GREEN").release()
+            with Segment.open(name) as other, other.join("x", group="x", endpoint="e"):
+                used.append(1)
+
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for _ in range(200):
+            Garbage()
+            with router.acquire("GREEN") as lease, node.adopt(lease.token):
+                pass
+            Garbage()
+            node.begin().end()
+            Garbage()
+            with Segment.open(name) as other, other.join("y", group="y", endpoint="e"):
+                pass
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert len(used) > 100
+    assert states(name) == []
+    assert [status.node for status in segment.snapshot()] == ["B"]
 
 
 @pytest.mark.parametrize(

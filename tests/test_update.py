@@ -22,16 +22,13 @@ class Fake:
         self.name = name
         self.interval_s = interval_s
         self.error = error
+        self.left = False
         self.refreshed = []
-        self.gone = 0
 
     def refresh(self):
         self.refreshed.append(time.monotonic())
         if self.error is not None:
-            raise self.error
-
-    def leave(self):
-        self.gone += 1
+            raise type(self.error)(*self.error.args)
 
 
 @pytest.fixture
@@ -57,6 +54,19 @@ def test_a_node_is_not_kept_alive(updates):
     del node
     gc.collect()
     wait_until(lambda: seen() is None, 2)
+
+
+def test_a_node_that_left_is_forgotten(updates):
+    leaving, staying = Fake("leaving", error=ValueError("has left")), Fake("staying")
+    updates.add(leaving)
+    updates.add(staying)
+    wait_until(lambda: leaving.refreshed, 2)
+    leaving.left = True
+    time.sleep(0.05)
+    before = len(leaving.refreshed)
+    time.sleep(0.1)
+    assert len(leaving.refreshed) == before
+    assert len(staying.refreshed) > 3
 
 
 def test_one_bad_sample_ends_no_heartbeat(updates, caplog):
