@@ -30,6 +30,8 @@ COVERAGE = switch("SHMCOORD_COVERAGE")
 DEBUG = switch("SHMCOORD_DEBUG")
 
 compile_args = ["-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-g"]
+# The meta entries are read and written as words.
+compile_args += ["-fno-strict-aliasing"]
 compile_args += ["-Wno-missing-field-initializers", "-Wno-cast-function-type"]
 link_args: list[str] = []
 macros: list[tuple[str, str | None]] = []

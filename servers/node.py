@@ -110,8 +110,7 @@ async def run(cluster: Cluster, name: str) -> None:
         await stop.asked.wait()
         node.drain()
         await probes.enter_graceful_shutdown()
-        backend = segments[cluster.segment(name)].backend(name)
-        await _finish(cluster, service, gateway, backend, stop)
+        await _finish(cluster, service, gateway, node, stop)
         await server.stop(_LAST_CALLS_S)
         # Requests that were cancelled give back what they held once their searches have ended.
         await _while(lambda: service.load.inflight > 0, _LAST_SEARCHES_S, asyncio.Event())
@@ -227,7 +226,7 @@ async def _finish(
     cluster: Cluster,
     service: NodeService,
     gateway: GatewayService | None,
-    backend: shmcoord.Backend,
+    node: shmcoord.Node,
     stop: _Stop,
 ) -> None:
     """Takes no new work, and waits until the old is done.
@@ -240,10 +239,10 @@ async def _finish(
     log.info("Draining: %d requests are running", service.load.inflight)
 
     def busy() -> bool:
-        # The queue that others see also holds leases that were reserved before the drain and
-        # whose requests are still on their way.
+        # The node's own count also has leases that were reserved before the drain and whose
+        # requests are still on their way.
         own = service.load.inflight or (gateway is not None and gateway.running)
-        return bool(own or backend.queue)
+        return bool(own or node.inflight)
 
     await _while(busy, cluster.cluster.grace_s, stop.hurry)
     if busy():

@@ -1,6 +1,6 @@
 # What the kernel offers and Cython's own libc declarations lack: clocks, file locks that belong to
 # an open file description, futexes, threads. Inline wrappers only; nothing here knows the layout.
-from libc.errno cimport EINTR, ENOSYS, errno
+from libc.errno cimport EAGAIN, EINTR, ETIMEDOUT, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from posix.time cimport timespec
 
@@ -180,7 +180,8 @@ cdef inline long futex_wait_any(uint32_t** words, const uint32_t* seen, uint32_t
     until.tv_sec = deadline // 1000000000u
     until.tv_nsec = deadline % 1000000000u
     result = syscall(SYS_futex_waitv, waits, count, 0, &until, CLOCK_MONOTONIC)
-    if result == -1 and errno == ENOSYS:
-        # Linux before 5.16 waits on one word only: the first, in short bounded turns.
+    if result == -1 and errno not in (EAGAIN, EINTR, ETIMEDOUT):
+        # Linux before 5.16, or a sandbox that does not know the call, waits on one word only: the
+        # first, in short bounded turns.
         return futex_wait(words[0], seen[0], min(timeout_ns, <uint64_t>5000000))
     return result

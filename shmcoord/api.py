@@ -87,7 +87,7 @@ class Segment(Mapping):
             group: the nodes that can serve the same requests; at most 63 bytes.
             endpoint: where it takes them; at most 255 bytes.
             capacity: leases it takes at once; None: as many as there are cells.
-            weight: its share of the load relative to others.
+            weight: its share of the load relative to others, 1e-6 to 1e6.
             interval_s: heartbeat interval, 0.001 to 3600 seconds.
             gauges: names of up to 16 user gauges for `Node.publish`.
 

@@ -8,5 +8,6 @@ cdef class Backend:
     cdef readonly NodeInfo info
     cdef mapping_t* m
     cdef shmc_hot* hot
+    cdef tuple _key(self)
 
 cdef Backend make_backend(Mapping mapping, NodeInfo info)

@@ -1,11 +1,11 @@
-from typing_extensions import Never, disjoint_base
+from typing_extensions import Never, Self, disjoint_base
 
 from shmcoord.segment import Mapping
 from shmcoord.status import NodeInfo, State
 
 @disjoint_base
 class Backend:
-    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def __new__(cls, *args: Never, **kwargs: Never) -> Self: ...
     @property
     def mapping(self) -> Mapping: ...
     @property

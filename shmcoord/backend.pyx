@@ -10,16 +10,19 @@ from shmcoord.status cimport STATE_SHUTDOWN, state_enum, state_of, word_generati
 
 
 # Set around the only places that make these objects: they are made of memory, never of arguments
-# (and never by copying).
+# (and never by copying). Put back to what it was, since making one may run the garbage collector,
+# and that anything.
 cdef bint _making = False
 
 
 cdef Backend make_backend(Mapping mapping, NodeInfo info):
     global _making
+    cdef bint before
     cdef Backend self
+    before = _making
     _making = True
     self = Backend.__new__(Backend)
-    _making = False
+    _making = before
     self.mapping = mapping
     self.m = mapping.m
     self.info = info
@@ -98,13 +101,14 @@ cdef class Backend:
     def __eq__(self, other):
         if not isinstance(other, Backend):
             return NotImplemented
-        return (
-            self.hot == (<Backend>other).hot
-            and self.info.generation == (<Backend>other).info.generation
-        )
+        return self._key() == (<Backend>other)._key()
 
     def __hash__(self):
-        return hash((<uint64_t>self.hot, self.info.generation))
+        return hash(self._key())
+
+    cdef tuple _key(self):
+        """The same for every handle on this node, through whichever mapping."""
+        return self.m.incarnation, self.info.slot, self.info.generation
 
     def __repr__(self):
         return f"<Backend {self.info.node} of {self.info.group} at {self.info.endpoint}>"

@@ -23,11 +23,13 @@ cdef inline bint is_open(const shmc_hot* hot, uint32_t generation) noexcept nogi
     Looked at again after a cell was taken: a drain stores its state before it looks at the cells,
     both seq_cst, so either the router sees the drain or the drain sees the lease.
     """
+    # The death word first: if the slot changes hands in between, the load word tells.
+    cdef uint32_t death = load_seqcst_u32(&hot.death)
     cdef uint64_t word = load_seqcst_u64(&hot.load)
     return (
-        word_generation(word) == (generation & 0xFFFF)
+        death_is_alive(death)
+        and word_generation(word) == (generation & 0xFFFF)
         and word_state(word) == SHMC_STATE_OPEN
-        and death_is_alive(load_seqcst_u32(&hot.death))
     )
 
 cdef inline bint free_cell(mapping_t* m, shmc_hot* hot, uint32_t generation, uint64_t* cell,

@@ -22,21 +22,29 @@ COST_MAX = SHMC_COST_MAX
 
 
 # Set around the only places that make these objects: they are made of memory, never of arguments
-# (and never by copying).
+# (and never by copying). Put back to what it was, since making one may run the garbage collector,
+# and that anything.
 cdef bint _making = False
 
 
 cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full):
     """A lease on the node, or None: `full` tells whether for want of a cell or of an open node."""
     global _making
+    cdef bint before
     cdef mapping_t* m = backend.m
     cdef shmc_hot* hot = backend.hot
     cdef uint64_t* row = m.cells + <size_t>backend.info.slot * m.leases
     cdef uint64_t value = cell_make(
         SHMC_CELL_RESERVED, owner.slot, owner.generation, cost, owner.next_op()
     )
-    cdef int index = take_cell(row, 0, backend.info.capacity, value)
+    cdef int index
     cdef Lease lease
+    # The object first: whoever holds a cell must be able to give it back.
+    before = _making
+    _making = True
+    lease = Lease.__new__(Lease)
+    _making = before
+    index = take_cell(row, 0, backend.info.capacity, value)
     full[0] = index < 0
     if index < 0:
         return None
@@ -44,9 +52,6 @@ cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full
         cas_seqcst_u64(&row[index], value, 0)
         return None
     word_add_inflight(hot, backend.info.generation, cost)
-    _making = True
-    lease = Lease.__new__(Lease)
-    _making = False
     lease.backend = backend
     lease.owner = owner
     lease.hot = hot

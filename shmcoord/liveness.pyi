@@ -1,6 +1,6 @@
 from typing import Final
 
-from typing_extensions import Never, disjoint_base
+from typing_extensions import Never, Self, disjoint_base
 
 from shmcoord.segment import Mapping
 
@@ -8,7 +8,7 @@ SUSPECT_INTERVALS: Final[int]
 
 @disjoint_base
 class Participant:
-    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def __new__(cls, *args: Never, **kwargs: Never) -> Self: ...
     @property
     def mapping(self) -> Mapping: ...
     @property

@@ -59,6 +59,10 @@ cdef entry_t* _entries = NULL
 cdef robust_list_head _head
 cdef uint32_t _beat_tid = 0
 cdef bint _beat_started = False
+cdef bint _beat_refused = False  # the kernel, or a sandbox, knows no robust list
+cdef uint32_t _held = 0          # words in the list
+cdef enum:
+    HELD_MAX = 2048  # the kernel's ROBUST_LIST_LIMIT: it marks no more than that
 
 
 cdef void _init_sync() noexcept nogil:
@@ -80,8 +84,9 @@ cdef void _fork_parent() noexcept nogil:
 cdef void _fork_child() noexcept nogil:
     # The child has no beat thread and no participants. The entries belong to Participant objects,
     # which free them.
-    global _entries, _beat_tid, _beat_started
+    global _entries, _beat_tid, _beat_started, _held
     _entries = NULL
+    _held = 0
     _beat_tid = 0
     _beat_started = False
     _init_sync()
@@ -92,7 +97,7 @@ pthread_atfork(_fork_prepare, _fork_parent, _fork_child)
 
 
 cdef void* _beat_main(void* unused) noexcept nogil:
-    global _beat_tid
+    global _beat_refused, _beat_tid
     cdef uint64_t now, wake
     cdef timespec until
     cdef entry_t* entry
@@ -101,7 +106,8 @@ cdef void* _beat_main(void* unused) noexcept nogil:
     _head.futex_offset = SHMC_FUTEX_OFFSET
     _head.list_op_pending = NULL
     # This thread's own list replaces libc's, which it will never use: it locks no robust mutex.
-    syscall(SYS_set_robust_list, &_head, sizeof(robust_list_head))
+    if syscall(SYS_set_robust_list, &_head, sizeof(robust_list_head)) != 0:
+        _beat_refused = True
     _beat_tid = <uint32_t>syscall(SYS_gettid)
     pthread_cond_broadcast(&_changed)
     while True:
@@ -177,15 +183,15 @@ cdef bint _start_beat_thread() noexcept nogil:
         _beat_started = True
     while _beat_tid == 0:
         pthread_cond_wait(&_changed, &_registry)
-    return True
+    return not _beat_refused
 
 
 cdef bint _hold(entry_t* entry) noexcept nogil:
     """Have the beat thread hold the death word of `entry` and move its heartbeat."""
-    global _entries
+    global _entries, _held
     cdef shmc_hot* hot = &entry.m.hot[entry.slot]
     pthread_mutex_lock(&_registry)
-    if not _start_beat_thread():
+    if _held >= HELD_MAX or not _start_beat_thread():
         pthread_mutex_unlock(&_registry)
         return False
     # Linked first, then locked: a death in between leaves a word of 0, which nobody takes for a
@@ -197,6 +203,7 @@ cdef bint _hold(entry_t* entry) noexcept nogil:
     store_release_u32(&hot.death, _beat_tid)
     entry.next = _entries
     _entries = entry
+    _held += 1
     pthread_cond_broadcast(&_changed)
     pthread_mutex_unlock(&_registry)
     return True
@@ -204,7 +211,7 @@ cdef bint _hold(entry_t* entry) noexcept nogil:
 
 cdef void _let_go(entry_t* entry) noexcept nogil:
     """The reverse of `_hold`: the word is emptied first, then unlinked."""
-    global _entries
+    global _entries, _held
     cdef robust_list* after = &_head.list
     cdef entry_t* before = NULL
     cdef entry_t* at
@@ -218,6 +225,7 @@ cdef void _let_go(entry_t* entry) noexcept nogil:
         before = at
         at = at.next
     if at == entry:
+        _held -= 1
         if entry.next != NULL:
             after = <robust_list*>&entry.next.m.hot[entry.next.slot].robust_next
         if before == NULL:
@@ -227,6 +235,14 @@ cdef void _let_go(entry_t* entry) noexcept nogil:
             before.next = entry.next
             before.m.hot[before.slot].robust_next = <uint64_t>after
     pthread_mutex_unlock(&_registry)
+
+
+cdef str _why_not_held():
+    if _held >= HELD_MAX:
+        return f"it takes part {HELD_MAX} times already, the most that the kernel marks"
+    if _beat_refused:
+        return "set_robust_list was refused (a sandbox?)"
+    return "the beat thread could not be started (limit of threads?)"
 
 
 cdef bint _is_ours(mapping_t* m, uint32_t slot) noexcept nogil:
@@ -298,8 +314,10 @@ cdef uint32_t _free_owned(mapping_t* m, uint32_t owner, uint32_t generation) noe
     return freed
 
 
-cdef void _move_epoch(mapping_t* m) noexcept nogil:
-    add_seqcst_u64(&m.sync.epoch, 1)
+cdef void _move_epoch(mapping_t* m, uint32_t slot) noexcept nogil:
+    """Members have changed, and with them perhaps capacity. Routers are nobody's members."""
+    if load_relaxed_u32(&m.hot[slot].kind) == SHMC_KIND_NODE:
+        add_seqcst_u64(&m.sync.epoch, 1)
     notify_release(m)
 
 
@@ -332,7 +350,7 @@ cdef uint32_t _clear_slot(mapping_t* m, uint32_t slot) noexcept nogil:
     _close_word(hot)
     and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
     store_release_u32(&hot.death, 0)
-    _move_epoch(m)
+    _move_epoch(m, slot)
     return freed
 
 
@@ -460,13 +478,15 @@ cdef int64_t _take_slot(Mapping mapping, uint32_t kind, str name) except -1:
 
 
 # Set around the only places that make these objects: they are made of memory, never of arguments
-# (and never by copying).
+# (and never by copying). Put back to what it was, since making one may run the garbage collector,
+# and that anything.
 cdef bint _making = False
 
 
 cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32_t slot):
     """Become the owner of a slot whose owner lock we hold."""
     global _making
+    cdef bint before
     cdef mapping_t* m = mapping.m
     cdef shmc_hot* hot = &m.hot[slot]
     cdef uint64_t words[32]
@@ -474,9 +494,10 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     cdef uint32_t generation = load_relaxed_u32(&hot.generation) + 1
     cdef entry_t* entry
     cdef Participant self
+    before = _making
     _making = True
     self = Participant.__new__(Participant)
-    _making = False
+    _making = before
     if (generation & 0xFFFF) == 0:
         generation += 1
     entry = <entry_t*>calloc(1, sizeof(entry_t))
@@ -515,11 +536,14 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     entry.interval_ns = meta.interval_ns
     entry.due_ns = now + meta.interval_ns
     if not _hold(entry):
-        raise OSError("the beat thread could not be started")
+        raise ShmcoordError(
+            f"{mapping.name}: this process cannot have its death noticed, so it may not take part: "
+            f"{_why_not_held()}"
+        )
     self.left = False
     _participants.add(self)
     or_seqcst_u64(&m.bitmap[slot >> 6], <uint64_t>1 << (slot & 63))
-    _move_epoch(m)
+    _move_epoch(m, slot)
     return self
 
 
@@ -558,7 +582,7 @@ cdef class Participant:
         store_release_u32(&m.hot[slot].waiting_now, 0)
         and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
         _let_go(self.entry)
-        _move_epoch(m)
+        _move_epoch(m, slot)
         if m.fd >= 0:
             ofd_lock(m.fd, slot, F_UNLCK)
 

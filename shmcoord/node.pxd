@@ -18,6 +18,7 @@ cdef class Node:
     cdef uint64_t words[32]
     cdef uint32_t word_count
     cdef dict gauge_index
+    cdef readonly bint stale  # the name leads to other memory by now
     cdef object __weakref__
     cdef int check(self) except -1
     cdef void set_state(self, uint32_t state) noexcept

@@ -5,7 +5,6 @@ The owner of a slot is the only writer of its record, and the GIL makes the thre
 one writer: nothing here runs Python code between the first and the last store of a publication.
 """
 cimport cython
-from libc.math cimport isfinite
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -21,13 +20,12 @@ from shmcoord.status cimport (
     record_write,
     state_of,
     word_add_inflight,
-    word_inflight,
     word_waiting,
 )
 
 import logging
 
-from shmcoord import update
+from shmcoord import status, update
 from shmcoord.errors import LeaseLost
 
 _log = logging.getLogger("shmcoord.node")
@@ -52,13 +50,15 @@ cdef void _put(char* target, bytes raw) noexcept:
 
 
 # Set around the only places that make these objects: they are made of memory, never of arguments
-# (and never by copying).
+# (and never by copying). Put back to what it was, since making one may run the garbage collector,
+# and that anything.
 cdef bint _making = False
 
 
 cdef Node join_node(Mapping segment, str name, str group, str endpoint, object capacity,
                     object weight, object interval_s, tuple gauges):
     global _making
+    cdef bint before
     cdef shmc_meta meta
     cdef Node self
     cdef Participant participant
@@ -77,8 +77,10 @@ cdef Node join_node(Mapping segment, str name, str group, str endpoint, object c
             f"not {capacity}"
         )
     weight = float(weight)
-    if not isfinite(weight) or weight <= 0:
-        raise ValueError(f"weight must be a positive number, not {weight}")
+    if not status.WEIGHT_MIN <= weight <= status.WEIGHT_MAX:
+        raise ValueError(
+            f"weight must be between {status.WEIGHT_MIN:g} and {status.WEIGHT_MAX:g}, not {weight}"
+        )
     interval_s = float(interval_s)
     if not 0.001 <= interval_s <= 3600:
         raise ValueError(f"interval_s must be between 0.001 and 3600 seconds, not {interval_s}")
@@ -96,9 +98,10 @@ cdef Node join_node(Mapping segment, str name, str group, str endpoint, object c
     meta.gauge_count = <uint32_t>len(gauges)
 
     participant = claim(segment, SHMC_KIND_NODE, &meta, name)
+    before = _making
     _making = True
     self = Node.__new__(Node)
-    _making = False
+    _making = before
     self.segment = segment
     self.participant = participant
     self.name = name
@@ -131,6 +134,8 @@ cdef class Node:
     Attributes:
         name, group, endpoint, capacity, weight, interval_s: as joined.
         segment: the segment it joined.
+        stale: whether the segment's name leads to other memory by now (unlinked, perhaps made
+            anew): routers that come later do not see this node. Looked at once per interval.
     """
 
     def __cinit__(self):
@@ -155,11 +160,11 @@ cdef class Node:
         cdef Request request
         cdef uint64_t value
         self.check()
+        request = _new_request()  # first: whoever holds a cell must be able to give it back
         value = cell_make(
             SHMC_CELL_RUNNING, self.participant.slot, self.participant.generation, 1,
             self.participant.next_op(),
         )
-        request = _new_request()
         request.index = take_cell(self.row, 0, self.m.leases, value)
         request.value = value
         request.node = self
@@ -194,6 +199,7 @@ cdef class Node:
         self.check()
         if not isinstance(token, str):
             raise TypeError(f"token must be a str, not {type(token).__name__}")
+        request = _new_request()
         try:
             cell = find_cell(
                 self.segment, self.participant.slot, self.participant.generation, token, &expected
@@ -209,7 +215,6 @@ cdef class Node:
         except LeaseLost:
             add_seqcst_u64(&self.hot.refused, 1)
             raise
-        request = _new_request()
         request.node = self
         request.index = <int>(cell - self.row)
         request.value = value
@@ -291,6 +296,12 @@ cdef class Node:
         """
         self.check()
         memory_bytes, cpu_percent = update.sample()
+        if not self.stale and self.segment.is_stale():
+            self.stale = True
+            _log.warning(
+                "segment %s was unlinked: node %s is seen only by those still attached; join again",
+                self.segment.name, self.name,
+            )
         self.check()
         self.words[SHMC_R_MEMORY_BYTES] = memory_bytes
         self.words[SHMC_R_CPU_PERCENT] = double_to_bits(cpu_percent)
@@ -338,9 +349,19 @@ cdef class Node:
 
     @property
     def inflight(self):
-        """Requests reserved for this node and running in it, in units of cost."""
+        """Requests reserved for this node and running in it, in units of cost.
+
+        Counted from the lease cells: 0 after `drain` means that nothing is left and nothing comes.
+        """
+        cdef uint64_t cell, total
+        cdef uint32_t i
         self.check()
-        return word_inflight(load_relaxed_u64(&self.hot.load))
+        total = load_relaxed_u64(&self.participant.entry.overflow)
+        for i in range(self.m.leases):
+            cell = load_seqcst_u64(&self.row[i])
+            if cell != 0:
+                total += cell_cost(cell)
+        return total
 
     @property
     def served(self):
@@ -433,10 +454,12 @@ cdef class Node:
 
 cdef inline Request _new_request():
     global _making
+    cdef bint before
     cdef Request request
+    before = _making
     _making = True
     request = Request.__new__(Request)
-    _making = False
+    _making = before
     return request
 
 

@@ -2,6 +2,7 @@
 """Reading whole segments: one status, a snapshot, the same in bulk."""
 from libc.stdint cimport uint32_t
 
+from shmcoord._atomics cimport load_acquire_u32
 from shmcoord._posix cimport mono_ns
 from shmcoord.backend cimport make_backend
 from shmcoord.liveness cimport Judge, reap_all, slot_is_alive
@@ -32,11 +33,15 @@ cdef class Observer:
     cdef NodeInfo _info(self, uint32_t slot):
         """What the node in this slot wrote at its claim; None if there is none."""
         cdef NodeInfo info = <NodeInfo>self.infos[slot]
-        if info is not None and info.generation == self.mapping.m.hot[slot].generation:
+        if info is not None and info.generation == load_acquire_u32(
+            &self.mapping.m.hot[slot].generation
+        ):
             return info if slot_is_live(self.mapping.m, slot) else None
         info = read_info(self.mapping.m, slot)
         self.infos[slot] = info
         if info is not None:
+            if len(self.by_name) > 2 * self.mapping.m.slots:
+                self.by_name.clear()  # names of nodes long gone
             self.by_name[info.node] = slot
         return info
 

@@ -61,14 +61,14 @@ cdef bint score_of(const candidate_t* c, double* score) noexcept nogil:
 
 
 cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
-    cdef uint32_t i, tier, best_tier = 0xFFFFFFFFu, ties = 0
+    cdef uint32_t _draw, i, tier, best_tier = 0xFFFFFFFFu, ties = 0
     cdef uint64_t word, load, best_load = 0
     cdef double score, best = 0.0, best_inverse = 0.0
     cdef candidate_t* c
     # Nobody beats an IDLE node without penalty, and all of those tie. In a large group a few draws
     # usually find one, each as likely as any other; only else is everybody looked at.
     if table.count > DRAWS:
-        for i in range(<uint32_t>DRAWS):
+        for _draw in range(<uint32_t>DRAWS):
             c = &table.items[_random_below(rng, table.count)]
             if _is_open(c, skip, &word) and _tier(c, word) == 0:
                 return <int>(c - table.items)
@@ -121,8 +121,8 @@ cdef int _draw_tie(candidates_t* table, uint32_t skip, uint64_t* rng, uint32_t t
 
     Loads move meanwhile; who is as good by now is as good a choice.
     """
-    cdef uint32_t i, left
-    for i in range(<uint32_t>DRAWS):
+    cdef uint32_t _draw, i, left
+    for _draw in range(<uint32_t>DRAWS):
         left = _random_below(rng, table.count)
         if _is_as_good(&table.items[left], skip, tier, score):
             return <int>left

@@ -12,7 +12,7 @@ from libc.string cimport memset
 
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
-from shmcoord._posix cimport futex_wait_any, mono_coarse_ns, mono_ns
+from shmcoord._posix cimport futex_wait_any, futex_wake_all, mono_coarse_ns, mono_ns
 from shmcoord.backend cimport Backend, make_backend
 from shmcoord.lease cimport Lease, reserve
 from shmcoord.liveness cimport Judge, Participant, claim, death_is_alive, sweep_row
@@ -159,7 +159,7 @@ cdef class Router:
     cdef Table _rebuild(self, str group):
         """Read the members of the group anew; forgets the other tables if the epoch has moved."""
         cdef uint32_t i, slot
-        cdef uint64_t epoch
+        cdef uint64_t epoch, now_ns
         cdef Mapping segment
         cdef NodeInfo info
         cdef Table table, before
@@ -175,6 +175,10 @@ cdef class Router:
                 self.last_group = None
                 self.last_table = None
                 self.epochs[i] = epoch
+                now_ns = mono_coarse_ns()
+                self.unreachable = {
+                    backend: until for backend, until in self.unreachable.items() if until > now_ns
+                }
             for slot in range(segment.m.slots):
                 info = read_info(segment.m, slot)
                 if info is not None and info.group == group:
@@ -186,7 +190,7 @@ cdef class Router:
             self.judges,
             before.candidates.cursor if before is not None else 0,
         )
-        if backends:  # names that nobody has must not fill the memory
+        if backends or len(self.tables) < 256:  # names that nobody has must not fill the memory
             self.tables[group] = table
             self.last_group = group
             self.last_table = table
@@ -271,7 +275,8 @@ cdef class Router:
                 frozen[i].generation = load_acquire_u32(&hot.generation)
                 items[i].hot = &frozen[i]
             chosen = self.scan(&view, skip, &self.rng)
-            table.candidates.cursor = view.cursor
+            if skip != _NO_SKIP:  # a real decision: round-robin goes on behind it
+                table.candidates.cursor = view.cursor
             best = 0.0
             if chosen >= 0:
                 score_of(&items[chosen], &score)
@@ -500,7 +505,7 @@ cdef class Router:
             from shmcoord.waiting import WaitQueue  # not needed where nobody waits
             self.waiting = WaitQueue(
                 self._wait_begin, self._wait_ticket, self._wait_sleep, self._wait_end,
-                _release_quietly,
+                _release_quietly, self._wait_wake,
             )
         return self.waiting.put(
             group, lambda: self._attempt(<str>group, cost, explain), min(timeout_s, 1e6)
@@ -539,10 +544,19 @@ cdef class Router:
 
     def _wait_ticket(self):
         self._check()
+        if [counted for counted, _ in self.counted] != self.segments:
+            self._wait_end()  # a segment was made anew: wait on the new one
+            self._wait_begin()
         return [
             (segment, load_seqcst_u32(&(<Mapping>segment).m.sync.release_word))
             for segment in self.segments
         ]
+
+    def _wait_wake(self):
+        """End the sleep of this router's waiting thread (and, harmlessly, of others')."""
+        cdef mapping_t* m = (<Mapping>self.segments[0]).m
+        add_seqcst_u32(&m.sync.release_word, 1)
+        futex_wake_all(&m.sync.release_word)
 
     def _wait_sleep(self, ticket, timeout_s):
         """Sleep until a release word moves from where the ticket saw it."""
@@ -582,14 +596,19 @@ cdef class Router:
         )
 
     def mark_unreachable(self, backend, for_s=1.0):
-        """Pass a node over while others are eligible, for some seconds; this router only.
+        """Pass a node over while others are eligible, for some seconds (inf: for good).
+
+        It concerns this router only.
 
         For whoever found that its endpoint does not answer although the process lives.
         """
         if not isinstance(backend, Backend):
             raise TypeError(f"backend must be a Backend, not {type(backend).__name__}")
+        for_s = float(for_s)
+        if not for_s >= 0:
+            raise ValueError(f"for_s must not be negative, not {for_s}")
         self._check()
-        self.unreachable[backend] = mono_coarse_ns() + <uint64_t>(for_s * 1e9)
+        self.unreachable[backend] = mono_coarse_ns() + <uint64_t>(min(for_s, 1e9) * 1e9)
         self._judge_soon()
 
     def mark_reachable(self, backend):

@@ -190,7 +190,8 @@ def _is_half_made(fd, size):
 
 
 # Set around the only places that make these objects: they are made of memory, never of arguments
-# (and never by copying).
+# (and never by copying). Put back to what it was, since making one may run the garbage collector,
+# and that anything.
 cdef bint _making = False
 
 
@@ -361,11 +362,11 @@ cdef class Mapping:
 cdef object _attach(type cls, name, mode, bint writable):
     """A mapping of the existing segment `name`; never creates, writes nothing."""
     cdef shmc_header h
-    cdef int attempt
+    cdef int _attempt
     path = _path(name)
     fd = _open_existing(path, name, os.O_RDWR if writable else os.O_RDONLY)
     try:
-        for attempt in range(3):
+        for _attempt in range(3):
             _check_file(os.fstat(fd), name, mode)
             # `ready` is looked at before the size: once it is set, both are final.
             ready = _read_header(fd, &h)
@@ -418,7 +419,6 @@ def _open_or_create(path, name, mode):
                 raise SegmentForbidden(f"{name}: may not create files in {DIRECTORY}") from None
             raise
         else:
-            os.fchmod(fd, mode)
             return fd
     raise SegmentCorrupt(f"{name}: somebody keeps creating and removing it")
 
@@ -438,8 +438,9 @@ cdef object _attach_or_init(type cls, int fd, str path, str name, uint32_t slots
             return _map(cls, fd, name, info, &h, mode, True)
         # /dev/shm outlived a reboot (a bind mount): nobody of then is alive. The owner of the
         # file is us, so the name may be given to a new segment.
-        _log.warning("segment %s is from before the last boot: made anew", name)
-        _unlink_if_same(path, info)
+        if ofd_lock(fd, SHMC_LOCK_INIT, F_WRLCK) == 0:
+            _log.warning("segment %s is from before the last boot: made anew", name)
+            _unlink_if_same(path, info)
         return None
     if not _is_half_made(fd, info.st_size):
         if _read_header(fd, &h):
@@ -504,6 +505,7 @@ cdef object _initialise(int fd, uint32_t slots, uint32_t leases, uint32_t mode):
     cdef uint64_t size = shmc_total_bytes(slots, leases)
     cdef shmc_header* h
     cdef bytes boot = _boot_id()
+    os.fchmod(fd, mode)  # also where the one who made the file died before he could
     os.ftruncate(fd, 0)
     # Real pages now: a full file system then answers here, not with SIGBUS at some later store.
     os.posix_fallocate(fd, 0, size)
@@ -541,6 +543,7 @@ cdef object _map(type cls, int fd, str name, info, const shmc_header* h, mode, b
     process's owner locks would outlive it.
     """
     global _making, _mappings
+    cdef bint before
     cdef bytes again = b"/proc/self/fd/%d" % fd
     cdef const char* again_path = again
     cdef int err
@@ -548,11 +551,12 @@ cdef object _map(type cls, int fd, str name, info, const shmc_header* h, mode, b
     cdef mapping_t* m = <mapping_t*>calloc(1, sizeof(mapping_t))
     if m == NULL:
         raise MemoryError()
+    before = _making
     _making = True
     try:
         self = cls.__new__(cls)
     finally:
-        _making = False
+        _making = before
     self.name = name
     self._created_wall_ns = h.created_wall_ns
     self._identity = (info.st_dev, info.st_ino)

@@ -1,11 +1,13 @@
 from enum import IntEnum
 from typing import Final
 
-from typing_extensions import Never, disjoint_base
+from typing_extensions import Never, Self, disjoint_base
 
 GAUGES_MAX: Final[int]
 INTERVAL_MIN_NS: Final[int]
 INTERVAL_MAX_NS: Final[int]
+WEIGHT_MIN: Final[float]
+WEIGHT_MAX: Final[float]
 
 class State(IntEnum):
     IDLE = 0
@@ -23,7 +25,7 @@ FIELDS: Final[tuple[str, ...]]
 
 @disjoint_base
 class NodeInfo:
-    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def __new__(cls, *args: Never, **kwargs: Never) -> Self: ...
     @property
     def node(self) -> str: ...
     @property
@@ -49,7 +51,7 @@ class NodeInfo:
 
 @disjoint_base
 class Status:
-    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def __new__(cls, *args: Never, **kwargs: Never) -> Self: ...
     @property
     def info(self) -> NodeInfo: ...
     @property

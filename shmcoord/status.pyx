@@ -8,7 +8,6 @@ fills the copy that is not current and then moves the sequence; a reader that wa
 again, and a writer that dies in the middle leaves the last committed copy readable. See the
 functions in status.pxd, which are inline so that other native code can use them.
 """
-from libc.math cimport isfinite
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memchr
 
@@ -19,6 +18,8 @@ import enum
 GAUGES_MAX = SHMC_GAUGES_MAX
 INTERVAL_MIN_NS = 1_000_000
 INTERVAL_MAX_NS = 3_600_000_000_000
+WEIGHT_MIN = 1e-6
+WEIGHT_MAX = 1e6
 
 
 class State(enum.IntEnum):
@@ -56,7 +57,8 @@ cdef tuple _HEALTHS = tuple(Health)
 
 
 # Set around the only places that make these objects: they are made of memory, never of arguments
-# (and never by copying).
+# (and never by copying). Put back to what it was, since making one may run the garbage collector,
+# and that anything.
 cdef bint _making = False
 
 
@@ -96,6 +98,7 @@ cdef void meta_write(shmc_meta* target, const shmc_meta* source) noexcept nogil:
 cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
     """What the node in `slot` wrote at its claim; None if there is no node."""
     global _making
+    cdef bint before
     cdef shmc_meta meta
     cdef uint64_t* words = <uint64_t*>&meta
     cdef const uint64_t* source = <const uint64_t*>&m.meta[slot]
@@ -114,9 +117,10 @@ cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
             break
     else:
         return None
+    before = _making
     _making = True
     info = NodeInfo.__new__(NodeInfo)
-    _making = False
+    _making = before
     info.slot = slot
     info.generation = generation
     info.node = _text(meta.name, SHMC_NAME_BYTES)
@@ -126,7 +130,7 @@ cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
     info.started_at = meta.started_wall_ns / 1e9
     info.same_clock = meta.time_ns_id == m.time_ns_id
     # Everything below comes from memory that others can write: bounded before use.
-    info.weight = meta.weight if isfinite(meta.weight) and meta.weight > 0 else 1.0
+    info.weight = meta.weight if 1e-6 <= meta.weight <= 1e6 else 1.0
     info.capacity = min(max(meta.capacity, 1), m.leases)
     info.interval_ns = min(
         max(meta.interval_ns, <uint64_t>INTERVAL_MIN_NS), <uint64_t>INTERVAL_MAX_NS
@@ -142,6 +146,7 @@ cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
 cdef Status read_status(const mapping_t* m, NodeInfo info, int health, double heartbeat_age_s):
     """The status of the node that `info` describes; None if the slot has changed hands."""
     global _making
+    cdef bint before
     cdef uint64_t words[32]
     cdef uint64_t word
     cdef shmc_hot* hot = &m.hot[info.slot]
@@ -164,9 +169,10 @@ cdef Status read_status(const mapping_t* m, NodeInfo info, int health, double he
             break
     else:
         return None
+    before = _making
     _making = True
     status = Status.__new__(Status)
-    _making = False
+    _making = before
     status.info = info
     status.waiting = word_waiting(word)
     status.inflight = word_inflight(word)

@@ -28,6 +28,7 @@ class Refreshable(Protocol):
 
     name: str
     interval_s: float
+    left: bool
 
     def refresh(self) -> None:
         """Publish the metrics of this moment."""
@@ -98,11 +99,10 @@ class _UpdateThread:
         """Refresh one node; whether it is still to be refreshed later."""
         try:
             node.refresh()
-        except ValueError:  # it has left, or its segment was closed
-            return False
         except Exception:  # noqa: BLE001 - one bad sample must not end all heartbeats
-            _log.exception("metrics of node %s could not be published", node.name)
-        return True
+            if not node.left:
+                _log.exception("metrics of node %s could not be published", node.name)
+        return not node.left
 
 
 _sampler: _Sampler | None = None

@@ -49,6 +49,7 @@ class WaitQueue(Generic[T]):
         sleep: blocks until something was released since the ticket, or for the given seconds.
         end: the reverse of `begin`.
         undo: gives back a result that nobody takes any more.
+        wake: ends a `sleep` that has begun.
     """
 
     def __init__(
@@ -58,12 +59,15 @@ class WaitQueue(Generic[T]):
         sleep: Callable[[object, float], object],
         end: Callable[[], object],
         undo: Callable[[T], object],
+        wake: Callable[[], object] = lambda: None,
     ) -> None:
         self._begin = begin
         self._ticket = ticket
         self._sleep = sleep
         self._end = end
         self._undo = undo
+        self._wake = wake
+        self._asleep_until = float("-inf")
         self._lock = threading.Lock()
         self._waiters: collections.deque[_Waiter[T]] = collections.deque()
         self._arrivals = 0
@@ -100,8 +104,11 @@ class WaitQueue(Generic[T]):
                 self._thread = thread
             self._waiters.append(waiter)
             self._arrivals += 1
+            early = waiter.deadline < self._asleep_until
         if first:
             self._try(waiter)
+        if early:  # or his time-out would pass unnoticed until somebody else's
+            self._wake()
         return waiter.future
 
     def close(self) -> None:
@@ -114,30 +121,37 @@ class WaitQueue(Generic[T]):
             self._finish(waiter, None)
 
     def _run(self) -> None:
-        self._begin()
+        begun = False
         try:
+            self._begin()
+            begun = True
             while True:
-                with self._lock:
-                    if self._closed:
-                        return
                 ticket = self._ticket()
                 self._serve()
                 with self._lock:
                     if not self._waiters:
+                        # Under the lock, or the next thread's begin could come before our end.
+                        begun = False
+                        self._end()
                         self._thread = None
                         return
+                    now = time.monotonic()
                     until = min(waiter.deadline for waiter in self._waiters)
-                self._sleep(ticket, min(max(until - time.monotonic(), 0.0), LOST_WAKEUP_S))
+                    self._asleep_until = until = min(until, now + LOST_WAKEUP_S)
+                self._sleep(ticket, max(until - now, 0.0))
+                self._asleep_until = float("-inf")
         except BaseException as error:  # noqa: BLE001 - everybody who waits must learn of it
             with self._lock:
+                if begun:
+                    self._end()
                 self._thread = None
+                closed = self._closed
                 waiters = list(self._waiters)
                 self._waiters.clear()
             for waiter in waiters:
                 self._fail(waiter, error)
-            _log.exception("waiting for capacity ended")
-        finally:
-            self._end()
+            if not closed:  # where the router was closed meanwhile, that is all there is to it
+                _log.exception("waiting for capacity ended")
 
     def _serve(self) -> None:
         """Let everybody try once, in order; behind one who fails, the others of his group wait."""
