@@ -7,6 +7,7 @@ state is passed in, and what a clock had to say (who is suspect) stands in `pena
 same function serves production, tests, `explain` (over a private copy of the words) and
 simulation.
 """
+from libc.math cimport INFINITY
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -62,8 +63,11 @@ cdef bint score_of(const candidate_t* c, double* score) noexcept nogil:
 
 cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
     cdef uint32_t _draw, i, tier, best_tier = 0xFFFFFFFFu, ties = 0
-    cdef uint64_t word, load, best_load = 0
-    cdef double score, best = 0.0, best_inverse = 0.0
+    cdef uint64_t word
+    cdef double score, best = 0.0, limit = INFINITY
+    cdef candidate_t* items = table.items  # locals: no store in the loop can be to them
+    cdef uint32_t* scratch = table.scratch
+    cdef uint32_t count = table.count
     cdef candidate_t* c
     # Nobody beats an IDLE node without penalty, and all of those tie. In a large group a few draws
     # usually find one, each as likely as any other; only else is everybody looked at.
@@ -72,31 +76,27 @@ cdef int _least_loaded(candidates_t* table, uint32_t skip, uint64_t* rng) noexce
             c = &table.items[_random_below(rng, table.count)]
             if _is_open(c, skip, &word) and _tier(c, word) == 0:
                 return <int>(c - table.items)
-    for i in range(table.count):
-        c = &table.items[i]
-        if not _is_open(c, skip, &word):
+    for i in range(count):
+        c = &items[i]
+        word = load_relaxed_u64(&c.hot.load)
+        score = _score(c, word)
+        # Most of many end here: worse than the best so far, whatever else they are. (A score says
+        # nothing against a better tier: while the best is penalised, `limit` lets everybody pass.)
+        if score > limit:
             continue
-        load = word & LOAD_BITS
-        # The same numbers as the best so far need no arithmetic: the usual case among many.
-        if (
-            load != best_load
-            or c.inverse_weight != best_inverse
-            or c.penalty != best_tier >> 1
-        ):
-            tier = _tier(c, word)
-            if tier > best_tier:
+        if c.skip == skip or not _is_eligible(c, word):
+            continue
+        tier = _tier(c, word)
+        if tier != best_tier or score != best:
+            if tier > best_tier or (tier == best_tier and score > best):
                 continue
-            score = _score(c, word)
-            if tier == best_tier and score > best:
-                continue
-            if tier < best_tier or score < best:
-                ties = 0
-                best = score
-                best_tier = tier
-                best_load = load
-                best_inverse = c.inverse_weight
+            ties = 0
+            best = score
+            best_tier = tier
+            if tier < 2:
+                limit = score
         if ties < KEPT:
-            table.scratch[ties] = i
+            scratch[ties] = i
         ties += 1
     if ties == 0:
         return -1

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import mmap
+import struct
+import threading
 import time
 
 import pytest
-from helpers import Raw, run, wait_until
+from helpers import MEMBERSHIP_LOCK, SHM, Raw, ofd_lock, run, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -783,6 +786,87 @@ say(len(drains), sum(got for got, _ in results), sum(none for _, none in results
     assert drains > 5
     assert got > 500
     assert none > 100
+
+
+@pytest.mark.parametrize("change", ["drain", "shutdown", "leave", "kill"])
+def test_what_changes_between_scan_and_reserve_is_seen(name, segment, spawn_node, change):
+    """A router's first acquire picks, then claims its slot: there it is held up for the change."""
+    child = node = None
+    if change == "kill":
+        child = spawn_node(name, "B", interval_s=3600)
+    else:
+        node = segment.join("B", group="GREEN", endpoint="e", interval_s=3600)
+    outcome = []
+
+    def acquire(router):
+        try:
+            outcome.append(router.acquire("GREEN"))
+        except NoBackend as error:
+            outcome.append(error)
+
+    with Router(segment) as router:
+        thread = threading.Thread(target=acquire, args=(router,))
+        with ofd_lock(SHM / name, MEMBERSHIP_LOCK):
+            thread.start()
+            time.sleep(0.05)
+            assert outcome == []
+            if child is not None:
+                child.kill()
+            else:
+                getattr(node, change)()
+        thread.join()
+        assert isinstance(outcome[0], NoBackend)
+        assert Raw(name).taken() == 0
+
+
+def test_a_sweep_never_frees_what_was_adopted(name, spawn):
+    """Sweeper and node meet at each cell, very often: the death word of a router is falsified."""
+    with (
+        Segment.open(name, slots=4, leases=16) as segment,
+        segment.join("B", group="GREEN", endpoint="e", interval_s=3600) as node,
+        Router(segment) as router,
+    ):
+        router.acquire("GREEN").release()  # it has slot 1 now
+        raw = Raw(name)
+        word, cells = raw.offset("hot", "death", 1), raw.number("header", "lease_offset", 8)
+        sweeper = spawn(
+            """
+segment = Segment.open(name)
+say("ready")
+hear()
+end = time.monotonic() + 2.0
+while time.monotonic() < end:
+    segment.reap()
+""",
+            name,
+        )
+        sweeper.hear()
+        with raw.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            alive = memory[word : word + 4]
+            sweeper.say("go")
+            adopted = lost = 0
+            end = time.monotonic() + 1.7
+            while time.monotonic() < end:
+                leases = [router.acquire("GREEN") for _ in range(16)]
+                tokens = [lease.token for lease in leases]
+                memory[word : word + 4] = (0x40000000).to_bytes(4, "little")
+                requests = []
+                for token in tokens:
+                    try:
+                        requests.append(node.adopt(token))
+                    except LeaseLost:
+                        lost += 1
+                row = struct.unpack("<16Q", memory[cells : cells + 128])
+                assert sum(cell >> 62 == 2 for cell in row) == len(requests)
+                memory[word : word + 4] = alive
+                adopted += len(requests)
+                for request in requests:
+                    request.end()
+                for lease in leases:
+                    lease.release()
+        assert adopted > 100
+        assert lost > 100
+        assert raw.taken() == 0
 
 
 def test_late_releases_are_counted(name, segment, node, router):

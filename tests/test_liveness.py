@@ -382,9 +382,14 @@ hear()
     assert {s.node for s in segment.snapshot()} == {"n1", "n2", "n4", "n5"}
     backends = [segment.backend(f"n{i}") for i in (1, 2, 4, 5)]
     assert all(backend.alive for backend in backends)
+    # The slots that were left belong to another process now: nothing of the first may lead there.
+    heirs = [segment.join(f"h{i}", group="x", endpoint="e", interval_s=3600) for i in range(3)]
     child.kill()
     assert not any(backend.alive for backend in backends)
+    assert all(segment.backend(heir.name).alive for heir in heirs)
     assert segment.reap() == 4
+    for heir in heirs:
+        heir.leave()
 
 
 def test_generations_tell_owners_apart(name, segment):
