@@ -120,6 +120,7 @@ def test_a_node_that_joins_or_resumes_is_capacity(name, segment, node, router):
     assert time.monotonic() - began < LOST_WAKEUP_S - 0.05
     assert lease.node == "C"
     lease.release()
+    wait_until(lambda: second, 2)  # it was capacity before `join` had returned
     second[0].drain()
     threading.Timer(0.03, second[0].resume).start()
     began = time.monotonic()
