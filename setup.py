@@ -4,6 +4,7 @@ Environment switches, for development:
     SHMCOORD_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
     SHMCOORD_COVERAGE=1   line tracing of Cython code
     SHMCOORD_DEBUG=1      no optimisation, debug symbols, assertions
+    SHMCOORD_STEPS=1      tests may end the process behind any step of the protocol (_steps.pxd)
 """
 
 import os
@@ -38,6 +39,8 @@ macros: list[tuple[str, str | None]] = []
 compile_args += ["-O0"] if DEBUG else ["-O2"]
 if DEBUG:
     macros.append(("SHMCOORD_DEBUG", "1"))
+if switch("SHMCOORD_STEPS"):
+    macros.append(("SHMCOORD_STEPS", "1"))
 if SANITIZE:
     flags = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
     compile_args += flags

@@ -2,6 +2,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
+from shmcoord._steps cimport step
 from shmcoord.backend cimport Backend
 from shmcoord.liveness cimport Participant, cell_make, cell_state, death_is_alive, notify_release
 from shmcoord.segment cimport Mapping, mapping_t
@@ -38,8 +39,11 @@ cdef inline bint free_cell(mapping_t* m, shmc_hot* hot, uint32_t generation, uin
     if not cas_seqcst_u64(cell, value, 0):
         add_seqcst_u64(&m.sync.late_releases, 1)
         return False
+    step(b"free.cas")
     word_add_inflight(hot, generation, -<int64_t>cost)
+    step(b"free.word")
     notify_release(m)
+    step(b"free.notify")
     return True
 
 

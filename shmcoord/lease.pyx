@@ -14,6 +14,7 @@ why nothing leaks when anybody dies between two steps:
 """
 cimport cython
 
+from shmcoord._steps cimport step
 from shmcoord.segment cimport MAPPING_FORKED
 
 from shmcoord.errors import LeaseLost, LeaseReleased
@@ -48,10 +49,13 @@ cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full
     full[0] = index < 0
     if index < 0:
         return None
+    step(b"reserve.cas")
     if not is_open(hot, backend.info.generation):
         cas_seqcst_u64(&row[index], value, 0)
         return None
+    step(b"reserve.recheck")
     word_add_inflight(hot, backend.info.generation, cost)
+    step(b"reserve.word")
     lease.backend = backend
     lease.owner = owner
     lease.hot = hot

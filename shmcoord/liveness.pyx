@@ -20,6 +20,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from shmcoord._posix cimport *
+from shmcoord._steps cimport step
 from shmcoord.segment cimport MAPPING_FORKED
 from shmcoord.status cimport (
     HEALTH_ALIVE,
@@ -200,7 +201,9 @@ cdef bint _hold(entry_t* entry) noexcept nogil:
     fence_seqcst()
     _head.list.next = <robust_list*>&hot.robust_next
     fence_seqcst()
+    step(b"claim.link")
     store_release_u32(&hot.death, _beat_tid)
+    step(b"claim.death")
     entry.next = _entries
     _entries = entry
     _held += 1
@@ -218,6 +221,7 @@ cdef void _let_go(entry_t* entry) noexcept nogil:
     pthread_mutex_lock(&_registry)
     store_release_u32(&entry.m.hot[entry.slot].death, 0)
     fence_seqcst()
+    step(b"leave.death")
     # The kernel's list has the order of ours, so the neighbours are found in private memory, never
     # by following addresses that stand in the segment.
     at = _entries
@@ -283,8 +287,10 @@ cdef uint32_t sweep_row(mapping_t* m, uint32_t slot) noexcept nogil:
 cdef uint32_t _free_cell(mapping_t* m, uint32_t slot, uint64_t* at, uint64_t cell) noexcept nogil:
     if not cas_seqcst_u64(at, cell, 0):
         return 0
+    step(b"sweep.cas")
     word_add_inflight(&m.hot[slot], load_relaxed_u32(&m.hot[slot].generation),
                       -<int64_t>cell_cost(cell))
+    step(b"sweep.word")
     return 1
 
 
@@ -340,7 +346,9 @@ cdef uint32_t _clear_slot(mapping_t* m, uint32_t slot) noexcept nogil:
     cdef shmc_hot* hot = &m.hot[slot]
     cdef uint32_t waiters, freed
     freed = _free_owned(m, slot, load_relaxed_u32(&hot.generation))
+    step(b"reap.owned")
     freed += _free_row(m, slot)
+    step(b"reap.row")
     if load_relaxed_u32(&hot.waiting_now) != 0:
         store_relaxed_u32(&hot.waiting_now, 0)
         while True:
@@ -348,9 +356,13 @@ cdef uint32_t _clear_slot(mapping_t* m, uint32_t slot) noexcept nogil:
             if waiters == 0 or cas_seqcst_u32(&m.sync.waiters, waiters, waiters - 1):
                 break
     _close_word(hot)
+    step(b"reap.word")
     and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
+    step(b"reap.bitmap")
     store_release_u32(&hot.death, 0)
+    step(b"reap.death")
     _move_epoch(m, slot)
+    step(b"reap.epoch")
     return freed
 
 
@@ -417,8 +429,10 @@ cdef Participant claim(Mapping mapping, uint32_t kind, shmc_meta* meta, str name
             mapping.check()
             err = ofd_lock(m.fd, SHMC_LOCK_MEMBERSHIP, F_WRLCK)
             if err == 0:
+                step(b"claim.membership")
                 try:
                     slot = _take_slot(mapping, kind, name)
+                    step(b"claim.slot")
                     try:
                         self = _occupy(mapping, kind, meta, <uint32_t>slot)
                     except BaseException:
@@ -510,17 +524,20 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     self.left = True  # until all of it is done
     # Readers look at the generation before and after everything else they read of the slot.
     store_release_u32(&hot.generation, generation)
+    step(b"claim.generation")
     meta.pid = os.getpid()
     meta.uid = os.geteuid()
     meta.time_ns_id = m.time_ns_id
     meta.started_wall_ns = wall_ns()
     meta_write(&m.meta[slot], meta)
+    step(b"claim.meta")
     store_relaxed_u32(&hot.kind, kind)
     store_relaxed_u32(&hot.waiting_now, 0)
     store_relaxed_u64(&hot.refused, 0)
     store_relaxed_u64(&hot.beat_ns, now)
     store_relaxed_u64(&hot.progress_ns, now)
     store_release_u64(&hot.load, word_make(generation, SHMC_STATE_OPEN, 0, 0, 0))
+    step(b"claim.load")
     memset(words, 0, sizeof(words))
     words[SHMC_R_GENERATION] = generation
     words[SHMC_R_PUBLISHED_MONO_NS] = now
@@ -529,6 +546,7 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     # Both copies, so that what an owner publishes later may be a prefix of the words.
     record_write(&m.record[slot], words, SHMC_RECORD_WORDS)
     record_write(&m.record[slot], words, SHMC_RECORD_WORDS)
+    step(b"claim.record")
     entry.m = m
     entry.slot = slot
     entry.generation = generation
@@ -543,7 +561,9 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     self.left = False
     _participants.add(self)
     or_seqcst_u64(&m.bitmap[slot >> 6], <uint64_t>1 << (slot & 63))
+    step(b"claim.bitmap")
     _move_epoch(m, slot)
+    step(b"claim.epoch")
     return self
 
 
@@ -576,15 +596,22 @@ cdef class Participant:
         cdef uint32_t slot = self.slot
         self.left = True
         _free_owned(m, slot, self.generation)
+        step(b"leave.owned")
         _free_row(m, slot)
+        step(b"leave.row")
         _close_word(&m.hot[slot])
+        step(b"leave.word")
         # The thread that waits, if there is one, takes itself off `sync.waiters` when it ends.
         store_release_u32(&m.hot[slot].waiting_now, 0)
         and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
+        step(b"leave.bitmap")
         _let_go(self.entry)
+        step(b"leave.unlink")
         _move_epoch(m, slot)
+        step(b"leave.epoch")
         if m.fd >= 0:
             ofd_lock(m.fd, slot, F_UNLCK)
+            step(b"leave.unlock")
 
 
 _participants = weakref.WeakSet()

@@ -11,6 +11,7 @@ from libc.string cimport memcpy, memset
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
 from shmcoord._posix cimport mono_ns, wall_ns
+from shmcoord._steps cimport step
 from shmcoord.lease cimport find_cell, free_cell, take_cell
 from shmcoord.liveness cimport cell_cost, cell_make, claim, notify_release
 from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN
@@ -168,9 +169,11 @@ cdef class Node:
         request.index = take_cell(self.row, 0, self.m.leases, value)
         request.value = value
         request.node = self
+        step(b"begin.cas")
         if request.index < 0:
             add_seqcst_u64(&self.participant.entry.overflow, 1)
         word_add_inflight(self.hot, self.participant.generation, 1)
+        step(b"begin.word")
         request.began_ns = mono_ns()
         return request
 
@@ -215,6 +218,7 @@ cdef class Node:
         except LeaseLost:
             add_seqcst_u64(&self.hot.refused, 1)
             raise
+        step(b"adopt.cas")
         request.node = self
         request.index = <int>(cell - self.row)
         request.value = value
@@ -409,6 +413,7 @@ cdef class Node:
         if self._stored_state() == SHMC_STATE_SHUTDOWN:
             raise ValueError(f"node {self.name} is shut down; it cannot drain")
         self.set_state(SHMC_STATE_DRAINING)
+        step(b"drain.state")
         _log.info("node %s drains", self.name)
 
     def resume(self):

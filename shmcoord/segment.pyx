@@ -18,6 +18,7 @@ from libc.string cimport memcpy, memset
 from shmcoord._atomics cimport store_release_u32
 from shmcoord._layout cimport *
 from shmcoord._posix cimport *
+from shmcoord._steps cimport step
 
 import errno as _errno
 import logging
@@ -419,6 +420,7 @@ def _open_or_create(path, name, mode):
                 raise SegmentForbidden(f"{name}: may not create files in {DIRECTORY}") from None
             raise
         else:
+            step(b"create.open")
             return fd
     raise SegmentCorrupt(f"{name}: somebody keeps creating and removing it")
 
@@ -451,6 +453,7 @@ cdef object _attach_or_init(type cls, int fd, str path, str name, uint32_t slots
         if err == EAGAIN:
             return None
         raise OSError(err, os.strerror(err), path)
+    step(b"create.lock")
     try:
         # Under the init lock: is it still ours to make?
         info = os.fstat(fd)
@@ -507,12 +510,15 @@ cdef object _initialise(int fd, uint32_t slots, uint32_t leases, uint32_t mode):
     cdef bytes boot = _boot_id()
     os.fchmod(fd, mode)  # also where the one who made the file died before he could
     os.ftruncate(fd, 0)
+    step(b"create.truncate")
     # Real pages now: a full file system then answers here, not with SIGBUS at some later store.
     os.posix_fallocate(fd, 0, size)
+    step(b"create.allocate")
     h = <shmc_header*>c_mmap(NULL, sizeof(shmc_header), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
     if h == <void*>-1:
         raise MemoryError("mmap of a new segment's header failed")
     h.magic = SHMC_MAGIC  # first: what has our magic and is not ready was half-made by one of us
+    step(b"create.magic")
     h.layout_major = SHMC_LAYOUT_MAJOR
     h.layout_minor = SHMC_LAYOUT_MINOR
     h.header_bytes = sizeof(shmc_header)
@@ -531,7 +537,9 @@ cdef object _initialise(int fd, uint32_t slots, uint32_t leases, uint32_t mode):
     h.created_wall_ns = wall_ns()
     h.incarnation = int.from_bytes(os.urandom(8), "little") | 1
     h.mode = mode
+    step(b"create.header")
     store_release_u32(&h.ready, SHMC_READY)
+    step(b"create.ready")
     c_munmap(h, sizeof(shmc_header))
 
 

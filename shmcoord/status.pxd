@@ -3,6 +3,7 @@ from libc.string cimport memcpy
 
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
+from shmcoord._steps cimport step
 from shmcoord.segment cimport Mapping, mapping_t
 
 cdef enum:
@@ -76,9 +77,12 @@ cdef inline void record_write(shmc_record* record, const uint64_t* words,
     cdef uint64_t* copy = record.copy[(seq + 1) & 1]
     cdef uint32_t i
     fence_release()
+    step(b"write.begin")
     for i in range(count):
         store_relaxed_u64(&copy[i], words[i])
+        step(b"write.word")
     store_release_u64(&record.seq, seq + 1)
+    step(b"write.commit")
 
 cdef inline bint record_read(const shmc_record* record, uint64_t* words,
                              uint32_t count) noexcept nogil:
