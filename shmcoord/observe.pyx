@@ -68,7 +68,7 @@ cdef class Observer:
         if found is None:
             if not isinstance(name, str):
                 raise TypeError(f"node name must be a str, not {type(name).__name__}")
-            names = [i.node for i in self.infos if i is not None]
+            names = [status.node for status in self.snapshot()]
             raise NodeNotFound(
                 f"no node {name!r} in segment {self.mapping.name}; "
                 f"there are {', '.join(names) or 'none'}"

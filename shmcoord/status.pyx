@@ -30,6 +30,9 @@ class State(enum.IntEnum):
     DRAINING = STATE_DRAINING
     SHUTDOWN = STATE_SHUTDOWN
 
+    def __str__(self):
+        return self.name
+
 
 class Health(enum.IntEnum):
     """ALIVE; SUSPECT: its heartbeat is late; DEAD: the kernel says that its process ended."""
@@ -37,6 +40,9 @@ class Health(enum.IntEnum):
     ALIVE = HEALTH_ALIVE
     SUSPECT = HEALTH_SUSPECT
     DEAD = HEALTH_DEAD
+
+    def __str__(self):
+        return self.name
 
 
 #: From which state a node may go to which, and by what.
