@@ -2,20 +2,33 @@
 
 import asyncio
 import contextlib
-import csv
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
+from cluster_helpers import (
+    NODES,
+    NOTHING_AHEAD,
+    ROOT,
+    ROWS,
+    SECRET,
+    Running,
+    free_ports,
+    held_query,
+    matching,
+    query,
+    until,
+    write_config,
+    write_rows,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -25,169 +38,11 @@ from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from shmcoord.transport.grpc import LEASE_KEY, LEASE_LOST_KEY
 
-ROOT = Path(__file__).resolve().parents[1]
-NODES = {"A": "GREEN", "B": "GREEN", "C": "GREEN", "D": "PINK", "E": "PINK", "F": "PINK"}
-SECRET = "only-for-this-test-0123"
-# Rows are long enough that a query for all of them does not fit into the buffers of gRPC: it
-# runs for as long as the client does not read on.
-ROWS, FILLER = 24_000, "lorem ipsum " * 30
-# A client that takes in no more than it reads.
-NOTHING_AHEAD = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
-
-
-def csv_text() -> list[tuple[str, str, int, str]]:
-    kinds = random.Random(7)
-    return [
-        (
-            kinds.choice(["apple", "pear", "plum"]),
-            f"code{number:05d}" if kinds.random() < 0.9 else "NA",
-            number % 97 - 20,
-            FILLER,
-        )
-        for number in range(ROWS)
-    ]
-
-
-TABLE = csv_text()
-HALVES = {"GREEN": TABLE[: ROWS // 2], "PINK": TABLE[ROWS // 2 :]}
-
-
-def matching(words: list[str], teams: tuple[str, ...] = ("GREEN", "PINK")) -> list[tuple]:
-    return [
-        row
-        for team in teams
-        for row in HALVES[team]
-        if all(any(word in str(cell) for cell in (row[0], row[1], row[3])) for word in words)
-    ]
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def write_config(
-    folder: Path, nodes: dict[str, str], *, secret: bool, grace_s: float = 8.0
-) -> Path:
-    """A cluster like the delivered one, with names and ports of its own."""
-    unique = f"{os.getpid()}_{random.randrange(1 << 32):08x}"
-    hosts = {name: "host1" if name in "ABD" else "host2" for name in nodes}
-    lines = [f"teams = {list(dict.fromkeys(nodes.values()))}", "[cluster]", "heartbeat_s = 0.2"]
-    lines += [f"grace_s = {grace_s}", "timeout_s = 20.0"]
-    lines += [f'shutdown_secret = "{SECRET}"'] * secret
-    lines += ["[data]", f'file = "{folder / "rows.csv"}"', 'nulls = ["", "NA"]']
-    lines += ['group_by = "kind"', 'mean = "weight"']
-    for host in dict.fromkeys(hosts.values()):
-        lines += [f"[hosts.{host}]", f'segment = "test_{host}_{unique}"']
-    for (name, team), port in zip(nodes.items(), free_ports(len(nodes)), strict=True):
-        role = "leader" if name == "A" else "worker"
-        lines += [f"[nodes.{name}]", f'host = "{hosts[name]}"', f'role = "{role}"']
-        lines += [f"port = {port}", f'team = "{team}"']
-    path = folder / f"cluster_{unique}.toml"
-    path.write_text("\n".join(lines))
-    return path
-
-
-class Running:
-    """Node processes of one configuration."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.cluster = config.load(file)
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self, *names: str) -> None:
-        for name in names:
-            with self.log(name).open("ab") as log:
-                self.processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", "servers", "node", name, "--config", str(self.file)],
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=log,
-                )
-        for name in names:
-            options = [("grpc.initial_reconnect_backoff_ms", 50)]
-            options += [("grpc.max_reconnect_backoff_ms", 100)]
-            deadline = time.monotonic() + 40
-            with grpc.insecure_channel(self.cluster.endpoint(name), options) as channel:
-                stub = health_pb2_grpc.HealthStub(channel)
-                while True:
-                    assert self.processes[name].poll() is None, self.log(name).read_text()
-                    assert time.monotonic() < deadline, self.log(name).read_text()
-                    with contextlib.suppress(grpc.RpcError):
-                        answer = stub.Check(
-                            health_pb2.HealthCheckRequest(), timeout=0.5, wait_for_ready=True
-                        )
-                        if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                            break
-
-    def log(self, name: str) -> Path:
-        return self.file.with_suffix(f".{name}.log")
-
-    def kill(self, name: str) -> None:
-        self.processes[name].kill()
-        self.processes[name].wait()
-
-    def stop(self) -> dict[str, int]:
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.terminate()
-        try:
-            return {name: process.wait(20) for name, process in self.processes.items()}
-        finally:
-            for process in self.processes.values():
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-            self.unlink()
-
-    def unlink(self) -> None:
-        for name in self.cluster.segments:
-            with contextlib.suppress(shmcoord.SegmentNotFound):
-                shmcoord.Segment.unlink(name)
-
-    @property
-    def gateway(self) -> str:
-        return self.cluster.endpoint("A")
-
-    def statuses(self) -> dict[str, shmcoord.Status]:
-        found = {}
-        for name in self.cluster.segments:
-            with shmcoord.Segment.attach(name) as segment:
-                found.update({status.node: status for status in segment.snapshot()})
-        return found
-
-    def queues(self) -> dict[str, int]:
-        return {name: status.queue for name, status in self.statuses().items()}
-
-    async def idle(self) -> None:
-        """Waits until no living node holds anything."""
-
-        def held() -> dict[str, int]:
-            statuses = self.statuses().values()
-            alive = [s for s in statuses if s.health is not shmcoord.Health.DEAD]
-            return {status.node: status.queue for status in alive if status.queue}
-
-        await until(lambda: not held(), lambda: str(held()))
-
-
-async def until(condition, describe=lambda: "", timeout_s: float = 10.0) -> None:
-    ends = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends, describe()
-        await asyncio.sleep(0.02)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cluster")
-    with (folder / "rows.csv").open("w", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(["kind", "code", "weight", "filler"])
-        writer.writerows(TABLE)
+    write_rows(folder)
     return folder
 
 
@@ -212,25 +67,6 @@ def nodes(started: Running) -> Iterator[Running]:
     """The six nodes, all of them running before and after each test."""
     yield started
     started.start(*[name for name, p in started.processes.items() if p.poll() is not None])
-
-
-async def query(running: Running, text: str = "", **settings: object) -> client.Answer:
-    async with grpc.aio.insecure_channel(running.gateway) as channel:
-        request = pb.QueryRequest(words=text.split(), **settings)
-        return await client.ask(pb_grpc.GatewayStub(channel), request, 20.0)
-
-
-@contextlib.asynccontextmanager
-async def held_query(
-    running: Running, **settings: object
-) -> AsyncIterator[tuple[grpc.aio.UnaryStreamCall, AsyncIterator[pb.QueryChunk]]]:
-    """A query for everything whose client reads one chunk and no more: (call, the rest)."""
-    async with grpc.aio.insecure_channel(running.gateway, NOTHING_AHEAD) as channel:
-        call = pb_grpc.GatewayStub(channel).Query(pb.QueryRequest(**settings), timeout=30)
-        chunks = call.__aiter__()
-        await chunks.__anext__()
-        yield call, chunks
-        call.cancel()
 
 
 def as_wire(rows: list[tuple]) -> list[tuple]:
