@@ -7,7 +7,15 @@ import time
 
 import shmcoord
 
+if len(sys.argv) != 3:
+    sys.exit("usage: serve.py NAME PORT")
 NAME, PORT = sys.argv[1], int(sys.argv[2])
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """A thread per request; the port may be taken again at once after the last run."""
+
+    allow_reuse_address = True
 
 
 class Handler(socketserver.StreamRequestHandler):
@@ -23,7 +31,7 @@ class Handler(socketserver.StreamRequestHandler):
 
 segment = shmcoord.Segment.open("shm_example")
 with (
-    socketserver.ThreadingTCPServer(("127.0.0.1", PORT), Handler) as server,
+    Server(("127.0.0.1", PORT), Handler) as server,
     segment.join(NAME, group="GREEN", endpoint=f"127.0.0.1:{PORT}", capacity=2) as node,
     contextlib.suppress(KeyboardInterrupt),
 ):

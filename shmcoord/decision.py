@@ -40,6 +40,8 @@ class Candidate:
     def __str__(self) -> str:
         text = f"{self.node} - State: {self.state.name}, Queue: {self.queue}, "
         text += f"Score: {self.score:.2f}"
+        if self.health:  # ALIVE is what one expects
+            text += f", Health: {self.health.name}"
         return f"{text} ({self.passed_over})" if self.passed_over else text
 
 

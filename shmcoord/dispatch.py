@@ -24,6 +24,7 @@ from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
 from shmcoord.transport import AsyncTransport, ConnectionLost, Transport, Unreachable
 
 if TYPE_CHECKING:
+    from shmcoord.backend import Backend
     from shmcoord.decision import Decision
     from shmcoord.lease import Lease
     from shmcoord.router import Router
@@ -59,7 +60,7 @@ class NoneReachable(NoBackend):
 class _Course:
     """What one call has tried so far, how much time it has left, and where it may go now."""
 
-    __slots__ = ("_adopts", "_ends", "_group", "_router", "_tried")
+    __slots__ = ("_adopts", "_ends", "_group", "_router", "_tried", "exclude")
 
     def __init__(self, router: Router, group: str, adopts: bool, timeout_s: float | None) -> None:
         if timeout_s is not None and math.isnan(timeout_s):
@@ -69,6 +70,7 @@ class _Course:
         self._group = group
         self._adopts = adopts
         self._tried: list[Attempt] = []
+        self.exclude: tuple[Backend, ...] = ()  # each node at most once per call
 
     def left_s(self) -> float | None:
         """Return the rest of the budget in seconds, None without one.
@@ -98,21 +100,9 @@ class _Course:
             return Saturated(text)
         return NoneReachable(text, tuple(self._tried))
 
-    def enter(self, lease: Lease) -> None:
-        """Check that the lease's node was not tried before in this call.
-
-        Raises:
-            NoneReachable: It was: the router has nobody else. The lease is released.
-        """
-        if not self._tried:
-            return
-        for attempt in self._tried:
-            if attempt.node == lease.node and attempt.endpoint == lease.endpoint:
-                lease.release()
-                raise NoneReachable(
-                    f"no other node of group {self._group} is to be had{self._tried_text()}",
-                    tuple(self._tried),
-                ) from self._tried[-1].error
+    def last_error(self) -> Exception | None:
+        """Why the last node was tried in vain."""
+        return self._tried[-1].error if self._tried else None
 
     def leave(self, lease: Lease, error: BaseException) -> bool:
         """Give the lease back after a failure; tell if the request may be sent elsewhere."""
@@ -121,7 +111,8 @@ class _Course:
             return False
         if isinstance(error, ConnectionLost) and not (self._adopts and ours):
             return False
-        self._router.mark_unreachable(lease.backend)
+        self._router.mark_unreachable(lease.backend)  # for other calls
+        self.exclude = (*self.exclude, lease.backend)
         # Without its traceback, which would tie this record, the request and the frames
         # together in a cycle.
         self._tried.append(Attempt(lease.node, lease.endpoint, error.with_traceback(None)))
@@ -195,10 +186,11 @@ class Dispatcher:
         explain = self._on_decision is not None
         while True:
             try:
-                lease = self._router.acquire(group, course.wait_s(), cost, explain=explain)
+                lease = self._router.acquire(
+                    group, course.wait_s(), cost, explain=explain, exclude=course.exclude
+                )
             except (NoBackend, Saturated) as error:
-                raise course.no_lease(error) from error.__cause__
-            course.enter(lease)
+                raise course.no_lease(error) from course.last_error()
             try:
                 _tell(self._on_decision, lease)
                 response = self._transport.send(
@@ -288,13 +280,15 @@ class AsyncDispatcher:
 
     async def _acquire(self, course: _Course, group: str, cost: int) -> Lease:
         try:
-            lease = await self._router.acquire_async(
-                group, course.wait_s(), cost, explain=self._on_decision is not None
+            return await self._router.acquire_async(
+                group,
+                course.wait_s(),
+                cost,
+                explain=self._on_decision is not None,
+                exclude=course.exclude,
             )
         except (NoBackend, Saturated) as error:
-            raise course.no_lease(error) from error.__cause__
-        course.enter(lease)
-        return lease
+            raise course.no_lease(error) from course.last_error()
 
 
 class ResponseStream(AsyncIterator[Any]):

@@ -30,7 +30,8 @@ cdef class Router:
     cdef Table _rebuild(self, str group)
     cdef int _check(self) except -1
     cdef int _look_for_stale(self, uint64_t now_ns) except -1
-    cdef Lease _attempt(self, str group, uint32_t cost, bint explain)
-    cdef tuple _decide(self, Table table, str group, uint32_t skip)
+    cdef Lease _attempt(self, str group, uint32_t cost, bint explain, object exclude)
+    cdef tuple _decide(self, Table table, str group, uint32_t skip, object exclude)
     cdef str _reason(self, const candidate_t* c, Backend backend, bint is_chosen, int health,
-                     double age_s, uint64_t word, double score, double best, uint32_t skip)
+                     double age_s, uint64_t word, double score, double best, uint32_t skip,
+                     object exclude)

@@ -1,3 +1,4 @@
+from collections.abc import Collection
 from types import TracebackType
 
 from typing_extensions import Self, disjoint_base
@@ -19,10 +20,22 @@ class Router:
     def pick(self, group: str) -> Backend: ...
     def explain(self, group: str) -> Decision: ...
     def acquire(
-        self, group: str, timeout_s: float = 0.0, cost: int = 1, *, explain: bool = False
+        self,
+        group: str,
+        timeout_s: float = 0.0,
+        cost: int = 1,
+        *,
+        explain: bool = False,
+        exclude: Collection[Backend] = (),
     ) -> Lease: ...
     async def acquire_async(
-        self, group: str, timeout_s: float = 1.0, cost: int = 1, *, explain: bool = False
+        self,
+        group: str,
+        timeout_s: float = 1.0,
+        cost: int = 1,
+        *,
+        explain: bool = False,
+        exclude: Collection[Backend] = (),
     ) -> Lease: ...
     def mark_unreachable(self, backend: Backend, for_s: float = 1.0) -> None: ...
     def mark_reachable(self, backend: Backend) -> None: ...

@@ -236,15 +236,15 @@ cdef class Router:
         cdef Table table = self.table_of(group)
         cdef int index = self.scan(&table.candidates, _NO_SKIP, &self.rng)
         if index < 0:
-            self._raise_no_backend(group)
+            self._raise_no_backend(group, ())
         return <Backend>table.backends[index]
 
     def explain(self, group):
         """What `pick` would do now, and why, for every candidate: a `Decision`."""
         cdef Table table = self.table_of(group)
-        return self._decide(table, group, _NO_SKIP)[0]
+        return self._decide(table, group, _NO_SKIP, ())[0]
 
-    cdef tuple _decide(self, Table table, str group, uint32_t skip):
+    cdef tuple _decide(self, Table table, str group, uint32_t skip, object exclude):
         """A Decision and the index of the chosen candidate (-1: nobody).
 
         The words of all candidates are copied first, and the policy's own scan runs over the copy,
@@ -311,7 +311,7 @@ cdef class Router:
                         score=score,
                         passed_over=self._reason(
                             &items[i], backend, <int>i == chosen, health, age_s, word, score,
-                            best, skip,
+                            best, skip, exclude,
                         ),
                     )
                 )
@@ -327,7 +327,8 @@ cdef class Router:
         return decision, chosen
 
     cdef str _reason(self, const candidate_t* c, Backend backend, bint is_chosen, int health,
-                     double age_s, uint64_t word, double score, double best, uint32_t skip):
+                     double age_s, uint64_t word, double score, double best, uint32_t skip,
+                     object exclude):
         """Why a candidate was passed over; empty for the chosen one."""
         cdef int state = word_public_state(word)
         if is_chosen:
@@ -337,7 +338,7 @@ cdef class Router:
         if state not in (STATE_IDLE, STATE_BUSY):
             return state_enum(state).name.lower()
         if c.skip == skip:
-            return "at capacity"
+            return "excluded" if backend in exclude else "at capacity"
         if c.penalty:
             if backend in self.unreachable:
                 return "could not be reached a moment ago"
@@ -350,7 +351,7 @@ cdef class Router:
 
     # --- reserving
 
-    def acquire(self, group, timeout_s=0.0, cost=1, *, explain=False):
+    def acquire(self, group, timeout_s=0.0, cost=1, *, explain=False, exclude=()):
         """Pick and reserve, atomically.
 
         Args:
@@ -359,6 +360,8 @@ cdef class Router:
                 callers of one router are served first come first served.
             cost: what the lease counts for in the node's queue, 1 to 65535.
             explain: put the `Decision` into `lease.decision`.
+            exclude: backends that this request must not go to, for instance since it went there
+                in vain.
 
         Returns:
             A `Lease`; release it, or use it as a context manager.
@@ -371,12 +374,12 @@ cdef class Router:
         cdef Lease lease
         timeout_s = self._check_acquire(group, timeout_s, cost)
         if self.waiting is None or not self._is_ahead(group):
-            lease = self._attempt(<str>group, cost, explain)
+            lease = self._attempt(<str>group, cost, explain, exclude)
             if lease is not None:
                 return lease
         if timeout_s <= 0:
             self._raise_saturated(group, timeout_s)
-        future = self._queue(group, timeout_s, cost, explain)
+        future = self._queue(group, timeout_s, cost, explain, exclude)
         try:
             lease = future.result()
         except BaseException:
@@ -389,17 +392,17 @@ cdef class Router:
         return lease
 
     @cython.binding(True)  # so that inspect.iscoroutinefunction knows it for what it is
-    async def acquire_async(self, group, timeout_s=1.0, cost=1, *, explain=False):
+    async def acquire_async(self, group, timeout_s=1.0, cost=1, *, explain=False, exclude=()):
         """`acquire` on an event loop: waits without blocking it, and can be cancelled."""
         import asyncio  # costs more to import than all of shmcoord
         timeout_s = self._check_acquire(group, timeout_s, cost)
         if self.waiting is None or not self._is_ahead(group):
-            lease = self._attempt(<str>group, cost, explain)
+            lease = self._attempt(<str>group, cost, explain, exclude)
             if lease is not None:
                 return lease
         if timeout_s <= 0:
             self._raise_saturated(group, timeout_s)
-        future = self._queue(group, timeout_s, cost, explain)
+        future = self._queue(group, timeout_s, cost, explain, exclude)
         try:
             lease = await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -428,7 +431,7 @@ cdef class Router:
             raise ValueError(f"timeout_s must not be negative, not {timeout_s}")
         return timeout_s
 
-    cdef Lease _attempt(self, str group, uint32_t cost, bint explain):
+    cdef Lease _attempt(self, str group, uint32_t cost, bint explain, object exclude):
         """One try; None if every eligible node is at its capacity."""
         cdef Table table = self.table_of(group)
         cdef candidate_t* c
@@ -445,9 +448,13 @@ cdef class Router:
                 self.attempt = 1  # 0 is what a new table has
             skip = self.attempt
             any_full = False
+            if exclude:
+                for i in range(table.candidates.count):
+                    if table.backends[<int>i] in exclude:
+                        table.candidates.items[i].skip = skip
             while True:
                 if explain:
-                    decision, index = self._decide(table, group, skip)
+                    decision, index = self._decide(table, group, skip, exclude)
                 else:
                     index = self.scan(&table.candidates, skip, &self.rng)
                 if index < 0:
@@ -467,7 +474,7 @@ cdef class Router:
                 c.skip = skip
                 any_full = any_full or full
             if not any_full:
-                self._raise_no_backend(group)
+                self._raise_no_backend(group, exclude)
             if swept:
                 return None
             # Perhaps some of those leases belong to the dead: look once.
@@ -500,7 +507,7 @@ cdef class Router:
 
     # --- waiting for capacity
 
-    def _queue(self, group, timeout_s, cost, explain):
+    def _queue(self, group, timeout_s, cost, explain, exclude):
         if self.waiting is None:
             from shmcoord.waiting import WaitQueue  # not needed where nobody waits
             self.waiting = WaitQueue(
@@ -508,7 +515,7 @@ cdef class Router:
                 _release_quietly, self._wait_wake,
             )
         return self.waiting.put(
-            group, lambda: self._attempt(<str>group, cost, explain), min(timeout_s, 1e6)
+            group, lambda: self._attempt(<str>group, cost, explain, exclude), min(timeout_s, 1e6)
         )
 
     def _wait_begin(self):
@@ -573,13 +580,15 @@ cdef class Router:
 
     # --- what cannot be done
 
-    def _raise_no_backend(self, group):
+    def _raise_no_backend(self, group, exclude):
         decision = self.explain(group)
+        excluded = {backend.node for backend in exclude}
         where = ", ".join(segment.name for segment in self.segments)
         if not decision.candidates:
             raise NoBackend(f"no node of group {group!r} is in {where}; has one joined?")
         why = "; ".join(
-            f"{candidate.node}: {candidate.passed_over or 'eligible a moment later'}"
+            f"{candidate.node}: "
+            + ("excluded" if candidate.node in excluded else candidate.passed_over or "just now so")
             for candidate in decision.candidates
         )
         raise NoBackend(f"no eligible node in group {group!r} of {where}: {why}")

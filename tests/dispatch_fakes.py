@@ -40,14 +40,21 @@ class FakeRouter:
     leases: dict[str, FakeLease] = field(default_factory=dict)
 
     def acquire(
-        self, group: str, timeout_s: float = 0.0, cost: int = 1, *, explain: bool = False
+        self,
+        group: str,
+        timeout_s: float = 0.0,
+        cost: int = 1,
+        *,
+        explain: bool = False,
+        exclude: tuple[Any, ...] = (),
     ) -> FakeLease:
         self.waits.append(timeout_s)
         if self.saturated:
             raise Saturated(f"group {group}: all at capacity")
-        if not self.nodes:
+        nodes = [name for name in self.nodes if name not in {b.node for b in exclude}]
+        if not nodes:
             raise NoBackend(f"group {group}: no node")
-        node = min(self.nodes, key=lambda name: (name in self.marked, self.nodes.index(name)))
+        node = min(nodes, key=lambda name: (name in self.marked, self.nodes.index(name)))
         token = f"token-{len(self.leases)}"
         self.held.append(token)
         lease = FakeLease(
@@ -62,9 +69,15 @@ class FakeRouter:
         return lease
 
     async def acquire_async(
-        self, group: str, timeout_s: float = 0.0, cost: int = 1, *, explain: bool = False
+        self,
+        group: str,
+        timeout_s: float = 0.0,
+        cost: int = 1,
+        *,
+        explain: bool = False,
+        exclude: tuple[Any, ...] = (),
     ) -> FakeLease:
-        return self.acquire(group, timeout_s, cost, explain=explain)
+        return self.acquire(group, timeout_s, cost, explain=explain, exclude=exclude)
 
     def mark_unreachable(self, backend: Any, for_s: float = 1.0) -> None:
         self.marked.append(backend.node)

@@ -308,3 +308,30 @@ def test_a_third_partys_broken_connection_goes_elsewhere_only_unadopted(segment,
 def test_the_dispatchers_are_part_of_the_package():
     assert shmcoord.Dispatcher is Dispatcher
     assert shmcoord.AsyncDispatcher is AsyncDispatcher
+
+
+def test_slow_failures_do_not_lead_in_a_circle(segment, name):
+    """Two nodes which take longer to fail than their mark lasts: the third is asked all the same."""
+    asked = []
+
+    class Slow:
+        def send(self, endpoint, method, request, *, lease, timeout_s):
+            asked.append(endpoint)
+            if endpoint != "c":
+                router.mark_reachable(segment.backend(endpoint.upper()))
+                raise Unreachable(f"no connection to {endpoint}")
+            return request
+
+        def close(self):
+            pass
+
+    with contextlib.ExitStack() as stack:
+        router = stack.enter_context(shmcoord.Router(name))
+        for node in "ABC":
+            stack.enter_context(segment.join(node, group="G", endpoint=node.lower()))
+        segment_c = segment.backend("C")
+        with shmcoord.Router(name) as other, other.acquire("G", exclude=(segment.backend("A"),)):
+            assert segment_c.alive
+            assert shmcoord.Dispatcher(router, Slow()).call("G", "m", 7, timeout_s=20) == 7
+    assert asked[-1] == "c"
+    assert len(asked) == len(set(asked))

@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": {"backend", "bulk", "node", "observe", "segment", "status"},
     # sending
     "transport": {"errors"},
-    "dispatch": {"decision", "errors", "lease", "router", "transport"},
+    "dispatch": {"backend", "decision", "errors", "lease", "router", "transport"},
     "": {
         *("api", "backend", "decision", "dispatch", "errors", "lease", "node", "policy", "router"),
         *("segment", "status", "transport"),

@@ -564,3 +564,23 @@ with Segment.open(name) as segment, Router(segment) as router:
         name,
     )
     assert said.strip() == ""
+
+
+def test_an_excluded_node_is_not_taken_even_when_nobody_else_is_there(segment, name):
+    with (
+        segment.join("A", group="GREEN", endpoint="a", capacity=1, interval_s=3600),
+        segment.join("B", group="GREEN", endpoint="b", capacity=1, interval_s=3600) as b,
+        Router(name) as router,
+    ):
+        b.waiting = 7
+        a = segment.backend("A")
+        with router.acquire("GREEN", exclude=(a,), explain=True) as lease:
+            assert lease.node == "B"
+            reasons = {c.node: c.passed_over for c in lease.decision.candidates}
+            assert reasons == {"A": "excluded", "B": ""}
+            with pytest.raises(Saturated):  # A is free, and no answer
+                router.acquire("GREEN", exclude=(a,))
+        with pytest.raises(NoBackend, match="A: excluded; B: excluded"):
+            router.acquire("GREEN", exclude=(a, segment.backend("B")))
+        with router.acquire("GREEN") as lease:  # another call is free to go there
+            assert lease.node == "A"
