@@ -1,5 +1,6 @@
 """`python -m servers`."""
 
+import io
 import os
 import sys
 
@@ -13,7 +14,13 @@ def _main() -> None:
         if missing.name is None or missing.name.partition(".")[0] in ("servers", "shmcoord"):
             raise
         sys.exit(f"{missing.name} is missing: pip install 'shmcoord[cluster]'")
-    main()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # lines of a table in a terminal that has none
+            stream.reconfigure(errors="replace")
+    try:
+        main()
+    except BrokenPipeError:  # nobody reads on (`| head`): what he wanted he has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ async def _inspect(cluster: Cluster, console: Console) -> None:
     output, _ = await process.communicate()
     console.print(Text.from_ansi(output.decode(errors="replace")), soft_wrap=True)
     if process.returncode:
-        raise NodeDiedError(f"shmcoord inspect ended with exit code {process.returncode}")
+        raise NodeDiedError("shmcoord inspect", f"exit code {process.returncode}")
 
 
 def _free_cluster(loader: "Loader", console: Console) -> Cluster:

@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import grpc
@@ -30,7 +30,11 @@ _PROBE_OPTIONS = [
 
 
 class NodeDiedError(Exception):
-    """A node ended although nobody asked it to."""
+    """A process ended although nobody asked it to."""
+
+    def __init__(self, what: str, how: str, name: str = "") -> None:
+        super().__init__(f"{what} ended: {how}")
+        self.name = name
 
 
 class Supervisor:
@@ -114,7 +118,7 @@ class Supervisor:
                 (probes, death), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
             if death.done():
-                raise NodeDiedError(death.result())
+                raise death.result()
             if not probes.done():
                 raise TimeoutError(f"the nodes were not ready after {timeout_s:g} s")
             probes.result()
@@ -136,19 +140,31 @@ class Supervisor:
                     answer = await stub.Check(
                         health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60.0
                     )
-                    if answer.status == serving:
+                    if answer.status == serving and self._has_joined(name):
                         return
-                await asyncio.sleep(0.02)  # it serves, but not yet us
+                await asyncio.sleep(0.02)  # somebody serves there, but not yet, or not he
 
-    async def died(self) -> str:
-        """Waits until any node has ended; says which, and how."""
+    def _has_joined(self, name: str) -> bool:
+        """Whether the process that we started is the node, not another that has its port."""
+        with (
+            contextlib.suppress(shmcoord.ShmcoordError),
+            shmcoord.Segment.attach(self._cluster.segment(name)) as segment,
+        ):
+            return segment.status(name).pid == self._processes[name].pid
+        return False
+
+    async def died(self, known: Collection[str] = ()) -> NodeDiedError:
+        """Waits until any node but those `known` has ended; says which, and how."""
         waits = {
-            asyncio.create_task(process.wait()): name for name, process in self._processes.items()
+            asyncio.create_task(process.wait()): name
+            for name, process in self._processes.items()
+            if name not in known
         }
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             task = next(iter(done))
-            return f"node {waits[task]} ended: {_how(task.result())}"
+            name = waits[task]
+            return NodeDiedError(f"node {name}", _how(task.result()), name)
         finally:
             for task in waits:
                 task.cancel()

@@ -1,7 +1,9 @@
 """`python -m servers up`: all nodes in one terminal."""
 
 import asyncio
+import os
 import signal
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -12,18 +14,36 @@ from servers.config import Cluster
 from servers.supervisor import NodeDiedError, Supervisor, unlink_segments
 
 
+class _Screen:
+    """What `up` says. Once nobody reads it any more, it is silent, and the cluster goes on."""
+
+    def __init__(self, cluster: Cluster, console: Console) -> None:
+        self._console = console
+        self._styles = view.node_styles(cluster)
+
+    def say(self, message: str, style: str = "bold") -> None:
+        try:
+            self._console.print(Text(message, style=style), soft_wrap=True)
+        except (OSError, SystemExit):  # the latter is rich's answer to a broken pipe
+            self._be_silent()
+
+    def log(self, name: str, line: str) -> None:
+        try:
+            view.show_log(self._console, line, self._styles[name])
+        except (OSError, SystemExit):  # the latter is rich's answer to a broken pipe
+            self._be_silent()
+
+    @staticmethod
+    def _be_silent() -> None:
+        # Also for what Python itself flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 async def run_up(cluster: Cluster, arguments: Sequence[str], console: Console) -> int:
-    """Runs the cluster until a signal or until a node dies; returns the exit code."""
-    styles = view.node_styles(cluster)
+    """Runs the cluster until a signal, or until nobody is left; returns the exit code."""
+    screen = _Screen(cluster, console)
     asked = asyncio.Event()
-    failed = 0
-
-    def say(message: str, style: str = "bold") -> None:
-        console.print(Text(message, style=style), soft_wrap=True)
-
-    supervisor = Supervisor(
-        cluster, arguments, lambda name, line: view.show_log(console, line, styles[name])
-    )
+    supervisor = Supervisor(cluster, arguments, screen.log)
 
     def on_signal() -> None:
         if asked.is_set():
@@ -34,27 +54,47 @@ async def run_up(cluster: Cluster, arguments: Sequence[str], console: Console) -
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
     async with supervisor:
-        ready = asyncio.create_task(supervisor.ready())
-        stop = asyncio.create_task(asked.wait())
-        await asyncio.wait([ready, stop], return_when=asyncio.FIRST_COMPLETED)
-        try:
-            if ready.done():
-                ready.result()
-                say(f"Ready: the gateway is {cluster.endpoint(cluster.leader)}. Ctrl-C stops.")
-                death = asyncio.create_task(supervisor.died())
-                await asyncio.wait([death, stop], return_when=asyncio.FIRST_COMPLETED)
-                if death.done() and not asked.is_set():
-                    raise NodeDiedError(death.result())
-        except (NodeDiedError, TimeoutError) as error:
-            say(f"Error: {error}; stopping the others.", "bold red")
-            failed = 1
-        else:
-            say("Stopping: running requests may finish; once more ends them.")
+        failed = await _watch(cluster, supervisor, asked, screen)
         codes = await supervisor.stop()
+    for name in unlink_segments(cluster):
+        screen.say(f"The segment {name} stays: somebody else is in it.", "yellow")
+    screen.say("All nodes have ended.")
+    return int(failed or any(codes.values()))
+
+
+async def _watch(
+    cluster: Cluster, supervisor: Supervisor, asked: asyncio.Event, screen: _Screen
+) -> bool:
+    """Waits until the cluster is to be stopped; whether a node has failed."""
+    stop = asyncio.create_task(asked.wait())
+    ready = asyncio.create_task(supervisor.ready())
+    dead: set[str] = set()
+    try:
+        await asyncio.wait([ready, stop], return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            ready.result()
+            screen.say(f"Ready: the gateway is {cluster.endpoint(cluster.leader)}. Ctrl-C stops.")
+        while not asked.is_set():
+            death = asyncio.create_task(supervisor.died(dead))
+            await asyncio.wait([death, stop], return_when=asyncio.FIRST_COMPLETED)
+            if asked.is_set():
+                death.cancel()
+                break
+            error = death.result()
+            dead.add(error.name)
+            if len(dead) == len(cluster.nodes):
+                screen.say(f"Error: {error}; nobody is left.", "bold red")
+                return True
+            screen.say(
+                f"Error: {error}; the others go on. `python -m servers node {error.name}` "
+                "starts it again.",
+                "bold red",
+            )
+        screen.say("Stopping: running requests may finish; once more ends them.")
+    except (NodeDiedError, TimeoutError) as error:
+        screen.say(f"Error: {error}; stopping the others.", "bold red")
+        return True
+    finally:
         for task in (ready, stop):
             task.cancel()
-    failed = failed or int(any(codes.values()))
-    for name in unlink_segments(cluster):
-        say(f"The segment {name} stays: somebody else is in it.", "yellow")
-    say("All nodes have ended.")
-    return failed
+    return bool(dead)
