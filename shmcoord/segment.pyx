@@ -468,6 +468,12 @@ cdef object _attach_or_init(type cls, int fd, str path, str name, uint32_t slots
                 f"{name}: participants hold slots in it, yet its header says that it was never "
                 "finished; stop them and unlink it"
             )
+        if info.st_size > 0:
+            # Started over in a file of its own. Whoever died half-way had it to himself, but where
+            # `ready` was damaged later, observers may have it mapped: cutting it short under them
+            # would end them with SIGBUS.
+            _unlink_if_same(path, info)
+            return None
         try:
             _initialise(fd, slots, leases, mode)
         except OSError as error:
@@ -501,6 +507,10 @@ def _unlink_if_same(path, info):
             os.unlink(path)
         except FileNotFoundError:
             pass
+        except PermissionError:
+            raise SegmentForbidden(
+                f"{path}: has to be made anew, and only its owner (uid {info.st_uid}) may remove it"
+            ) from None
 
 
 cdef object _initialise(int fd, uint32_t slots, uint32_t leases, uint32_t mode):
