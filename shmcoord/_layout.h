@@ -188,6 +188,7 @@ typedef struct {
 #define SHMC_BITMAP_OFFSET 384u
 #define SHMC_BITMAP_BYTES (SHMC_SLOTS_MAX / 8u)
 
+_Static_assert(sizeof(void *) == 8, "64-bit hosts only: words of 64 bits hold addresses");
 _Static_assert(sizeof(shmc_header) == 256, "header size");
 _Static_assert(offsetof(shmc_header, signature) == 16, "signature");
 _Static_assert(offsetof(shmc_header, slots) == 24, "slots");
