@@ -125,6 +125,13 @@ def main() -> None:
     show_default=True,
     help="Seconds for one query.",
 )
+@click.option(
+    "--retry",
+    "retry_s",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Seconds in which a query that found somebody ended (UNAVAILABLE) is sent again.",
+)
 def query(
     server: str,
     text: str,
@@ -134,6 +141,7 @@ def query(
     count: int,
     concurrency: int,
     timeout_s: float,
+    retry_s: float,
 ) -> None:
     """Asks the gateway for rows, or for the aggregate."""
     request = pb.QueryRequest(words=text.split(), teams=teams, limit=limit, aggregate=aggregate)
@@ -155,6 +163,7 @@ def query(
                 count=count,
                 concurrency=concurrency,
                 timeout_s=timeout_s,
+                retry_s=retry_s,
                 on_done=lambda: progress.advance(task),
             )
         )

@@ -16,6 +16,13 @@ from servers.table import Row, column_names, to_rows
 
 # Latencies are kept in microseconds, to three digits, up to one hour.
 _LONGEST_US = 3_600_000_000
+# A gateway that ended or is just starting is asked again soon; in seconds.
+_ASK_AGAIN_S = 0.1
+_CHANNEL_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
 
 
 class QueryError(Exception):
@@ -28,8 +35,9 @@ class QueryError(Exception):
 
 @dataclass
 class Answer:
-    """What the gateway sent for one query."""
+    """What the gateway sent for one query, and how often it was asked."""
 
+    asked: int = 1
     names: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     summary: pb.QuerySummary = field(default_factory=pb.QuerySummary)
@@ -41,6 +49,7 @@ class Report:
     def __init__(self) -> None:
         self.first: Answer | None = None
         self.answered = 0
+        self.asked_again = 0
         self.errors: Counter[str] = Counter()
         self.unavailable = 0
         self.served: Counter[tuple[str, str]] = Counter()
@@ -51,6 +60,7 @@ class Report:
         """Counts one answer."""
         self.first = self.first or answer
         self.answered += 1
+        self.asked_again += answer.asked - 1
         self.served.update((part.team, part.node) for part in answer.summary.parts)
         self._latencies.record_value(max(1, min(round(latency_s * 1e6), _LONGEST_US)))
 
@@ -60,25 +70,52 @@ class Report:
 
 
 async def ask(
-    stub: pb_grpc.GatewayStub, request: pb.QueryRequest, timeout_s: float | None
+    stub: pb_grpc.GatewayStub,
+    request: pb.QueryRequest,
+    timeout_s: float | None,
+    retry_s: float = 0.0,
 ) -> Answer:
     """Sends one query and gathers its chunks.
+
+    Args:
+        stub: the gateway's.
+        request: the query.
+        timeout_s: seconds for each time that it is sent; None for no limit of the client's.
+        retry_s: for so many seconds it is sent again if the answer is UNAVAILABLE: the gateway
+            or a node has ended. A query changes nothing, so this is always safe.
 
     Raises:
         QueryError: the gateway is not there, refused, or was too slow.
     """
-    answer = Answer()
-    try:
-        async for chunk in stub.Query(request, timeout=timeout_s):
-            if chunk.HasField("summary"):
-                answer.summary = chunk.summary
-            else:
-                table = chunk.rows.table
-                answer.names = answer.names or column_names(table)
-                answer.rows.extend(to_rows(table))
-    except grpc.aio.AioRpcError as error:
-        raise QueryError(error.code(), error.details() or "") from None
-    return answer
+    ends = time.monotonic() + retry_s
+    asked = 1
+    while True:
+        answer = Answer(asked)
+        try:
+            async for chunk in stub.Query(request, timeout=timeout_s):
+                if chunk.HasField("summary"):
+                    answer.summary = chunk.summary
+                else:
+                    table = chunk.rows.table
+                    answer.names = answer.names or column_names(table)
+                    answer.rows.extend(to_rows(table))
+        except grpc.aio.AioRpcError as error:
+            failed = _failed(error)
+            if failed.code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() >= ends:
+                raise failed from None
+        else:
+            return answer
+        await asyncio.sleep(_ASK_AGAIN_S)
+        asked += 1
+
+
+def _failed(error: grpc.aio.AioRpcError) -> QueryError:
+    """What gRPC says of a call, for the user."""
+    # We did not cancel it (that would be an asyncio.CancelledError): gRPC says so where a request
+    # meets a server that is just closing.
+    if error.code() is grpc.StatusCode.CANCELLED:
+        return QueryError(grpc.StatusCode.UNAVAILABLE, "the server ended the call")
+    return QueryError(error.code(), error.details() or "")
 
 
 async def ask_many(
@@ -88,6 +125,7 @@ async def ask_many(
     count: int = 1,
     concurrency: int = 1,
     timeout_s: float | None = None,
+    retry_s: float = 0.0,
     on_done: Callable[[], None] = lambda: None,
 ) -> Report:
     """Sends the same query many times, some of them at once; failures are counted, not raised."""
@@ -99,7 +137,7 @@ async def ask_many(
         for _ in numbers:
             sent = time.monotonic()
             try:
-                answer = await ask(stub, request, timeout_s)
+                answer = await ask(stub, request, timeout_s, retry_s)
             except QueryError as error:
                 report.errors[str(error)] += 1
                 report.unavailable += error.code is grpc.StatusCode.UNAVAILABLE
@@ -107,7 +145,7 @@ async def ask_many(
                 report.add(answer, time.monotonic() - sent)
             on_done()
 
-    async with grpc.aio.insecure_channel(server) as channel:
+    async with grpc.aio.insecure_channel(server, _CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.GatewayStub(channel)
         await asyncio.gather(*(work(stub) for _ in range(min(concurrency, count))))
     report.seconds = time.monotonic() - begun
@@ -126,7 +164,7 @@ async def node_status(endpoint: str, timeout_s: float) -> pb.NodeStatus:
                 pb.GetStatusRequest(), timeout=timeout_s
             )
         except grpc.aio.AioRpcError as error:
-            raise QueryError(error.code(), error.details() or "") from None
+            raise _failed(error) from None
 
 
 async def shut_down(endpoint: str, secret: str, timeout_s: float) -> None:
@@ -141,4 +179,4 @@ async def shut_down(endpoint: str, secret: str, timeout_s: float) -> None:
                 pb.ShutdownRequest(secret=secret), timeout=timeout_s
             )
         except grpc.aio.AioRpcError as error:
-            raise QueryError(error.code(), error.details() or "") from None
+            raise _failed(error) from None

@@ -101,6 +101,7 @@ def show_report(console: Console, report: Report) -> None:
             Text(
                 f"{report.answered:,} answered in {report.seconds:.2f} s"
                 f"  ({report.answered / max(report.seconds, 1e-9):,.0f}/s)   latency  {latencies}"
+                + (f"   {report.asked_again:,} sent again" if report.asked_again else "")
             ),
             soft_wrap=True,
         )

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from helpers import Raw
 
 import shmcoord
 from servers import client, config
@@ -97,11 +99,32 @@ def write_config(
     return path
 
 
-class Running:
-    """Node processes of one configuration."""
+# A node whose log lines end in the moment (monotonic seconds) at which they were written.
+STAMPED = """
+import logging, time
+class Stamped(logging.LogRecord):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stamp = time.monotonic()
+    def getMessage(self):
+        return f"{super().getMessage()} @{self.stamp:.6f}"
+logging.setLogRecordFactory(Stamped)
+from servers.__main__ import _main
+_main()
+"""
 
-    def __init__(self, file: Path) -> None:
+
+class Running:
+    """Node processes of one configuration.
+
+    Args:
+        file: the configuration.
+        stamped: whether log lines say when they were written.
+    """
+
+    def __init__(self, file: Path, *, stamped: bool = False) -> None:
         self.file = file
+        self.command = ("-c", STAMPED) if stamped else ("-m", "servers")
         self.cluster = config.load(file)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -109,7 +132,7 @@ class Running:
         for name in names:
             with self.log(name).open("ab") as log:
                 self.processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", "servers", "node", name, "--config", str(self.file)],
+                    [sys.executable, *self.command, "node", name, "--config", str(self.file)],
                     cwd=ROOT,
                     stdout=log,
                     stderr=log,
@@ -136,6 +159,11 @@ class Running:
     def kill(self, name: str) -> None:
         self.processes[name].kill()
         self.processes[name].wait()
+
+    def end(self, name: str) -> int:
+        """SIGTERM, and wait until it has drained; its exit code."""
+        self.processes[name].terminate()
+        return self.processes[name].wait(20)
 
     def stop(self) -> dict[str, int]:
         for process in self.processes.values():
@@ -168,6 +196,24 @@ class Running:
 
     def queues(self) -> dict[str, int]:
         return {name: status.queue for name, status in self.statuses().items()}
+
+    def decisions(self) -> list[tuple[float, str, str]]:
+        """What the gateway decided: (moment, node, team). For stamped logs only."""
+        found = re.findall(
+            r"selected: (\S+) for team (\S+) @([0-9.]+)$", self.log("A").read_text(), re.MULTILINE
+        )
+        return [(float(moment), node, team) for node, team, moment in found]
+
+    def cells(self, *, without: str = "") -> int:
+        """Lease cells that are taken, in all segments, perhaps without those of one node."""
+        taken = 0
+        for name in self.cluster.segments:
+            raw = Raw(name)
+            for slot in range(raw.slots):
+                owner = raw.read(raw.offset("meta", "name", slot), 64).partition(b"\0")[0].decode()
+                if not (without and owner == without):
+                    taken += sum(cell != 0 for cell in raw.cells(slot))
+        return taken
 
     async def idle(self) -> None:
         """Waits until no living node holds anything."""

@@ -1,0 +1,374 @@
+"""The cluster with load running through its gateway, while processes are killed and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import psutil
+import pytest
+from cluster_helpers import (
+    NODES,
+    Running,
+    held_query,
+    matching,
+    query,
+    until,
+    write_config,
+    write_rows,
+)
+
+import shmcoord
+from servers import client
+from servers.pb import shmcoord_cluster_pb2 as pb
+from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
+
+WORKERS = 6
+WORDS = ["code0001"]
+ROWS_FOUND = len(matching(WORDS))
+#: After so many seconds nothing is routed to a dead node.
+NO_ROUTING_S = 0.010
+#: Of the same kind, for a node that stands still: heartbeats of 0.2 s, three of them, and a margin.
+SUSPECT_S = 1.0
+OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder: Path = tmp_path_factory.mktemp("cluster")
+    write_rows(folder)
+    running = Running(write_config(folder, NODES, secret=False), stamped=True)
+    try:
+        running.start(*NODES)
+        yield running
+    finally:
+        codes = running.stop()
+    assert set(codes.values()) == {0}, codes
+    for name in NODES:
+        log = running.log(name).read_text()
+        assert "Traceback" not in log, log
+        assert "ERROR" not in log, log
+
+
+@pytest.fixture
+def nodes(started: Running) -> Iterator[Running]:
+    """The six nodes, all of them running before and after each test."""
+    yield started
+    started.start(*[name for name, p in started.processes.items() if p.poll() is not None])
+
+
+@dataclass
+class Outcome:
+    """How one query of the load went."""
+
+    began: float
+    ended: float = 0.0
+    asked: int = 1
+    code: grpc.StatusCode = OK
+    says: str = ""
+    served: dict[str, str] = field(default_factory=dict)
+
+
+@contextlib.asynccontextmanager
+async def load(running: Running, retry_s: float = 0.0) -> AsyncIterator[list[Outcome]]:
+    """Queries by some clients at once for as long as the `async with` lasts; how they went."""
+    outcomes: list[Outcome] = []
+    ending = asyncio.Event()
+    request = pb.QueryRequest(words=WORDS, limit=5)
+
+    async def work() -> None:
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 100),
+        ]
+        async with grpc.aio.insecure_channel(running.gateway, options) as channel:
+            stub = pb_grpc.GatewayStub(channel)
+            while not ending.is_set():
+                outcome = Outcome(time.monotonic())
+                try:
+                    answer = await client.ask(stub, request, 20.0, retry_s)
+                except client.QueryError as error:
+                    outcome.code, outcome.says = error.code, str(error)
+                else:
+                    outcome.asked = answer.asked
+                    outcome.served = {part.team: part.node for part in answer.summary.parts}
+                    assert answer.summary.matched == ROWS_FOUND
+                outcome.ended = time.monotonic()
+                outcomes.append(outcome)
+                await asyncio.sleep(random.random() * 0.02)  # the machine has others, too
+
+    tasks = [asyncio.create_task(work()) for _ in range(WORKERS)]
+    try:
+        await asyncio.sleep(0.2)
+        yield outcomes
+    finally:
+        ending.set()
+        await asyncio.gather(*tasks)
+
+
+def failed(outcomes: list[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.code is not OK]
+
+
+async def rest_of(chunks: AsyncIterator[object]) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+        async for _ in chunks:
+            pass
+
+
+async def nothing_held(running: Running) -> None:
+    await running.idle()
+    await until(lambda: running.cells() == 0, lambda: f"{running.cells()} cells are taken")
+
+
+async def test_nodes_killed_under_load(
+    nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
+):
+    """Only what the dead node had adopted fails; 10 ms later nothing is routed to it."""
+    kills = count(2, 100)
+    sent = lost = 0
+    latest = -1.0
+    for number in range(kills):
+        victim = "DBECF"[number % 5]
+        begun = time.monotonic()
+        async with load(nodes) as outcomes:
+            await asyncio.sleep(random.random() * 0.1)
+            killed = time.monotonic()
+            nodes.kill(victim)
+            await asyncio.sleep(0.3)
+        routed = [m - killed for m, node, _ in nodes.decisions() if node == victim and m > begun]
+        assert routed, f"{victim} had no work"
+        latest = max(latest, *routed)
+        assert latest < NO_ROUTING_S, f"{victim} was routed to {latest:.6f} s after its death"
+        for outcome in failed(outcomes):
+            assert outcome.code is UNAVAILABLE, outcome
+            assert f"team {NODES[victim]}" in outcome.says, outcome
+        # What failed had been adopted, and a node adopts no more than its capacity.
+        assert len(failed(outcomes)) <= nodes.cluster.capacity(victim)
+        alive = {name for name, process in nodes.processes.items() if process.poll() is None}
+        assert alive == set(NODES) - {victim}
+        after = [o for o in outcomes if o.began > killed + NO_ROUTING_S]
+        assert len(after) > WORKERS
+        assert not failed(after)
+        sent, lost = sent + len(outcomes), lost + len(failed(outcomes))
+        nodes.start(victim)
+    await nothing_held(nodes)
+    report(
+        "kill -9 of nodes under load",
+        kills=kills,
+        queries=sent,
+        UNAVAILABLE=lost,
+        wrong_status=0,
+        others_failed=0,
+        latest_routing_to_the_dead=f"{latest * 1e3:+.2f} ms",
+        cells_held=nodes.cells(),
+    )
+
+
+async def test_what_a_dead_node_had_not_adopted_fails_over_and_what_it_had_does_not(
+    nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
+):
+    rounds = count(1, 20)
+    moved = 0
+    for _ in range(rounds):
+        async with held_query(nodes, teams=["PINK"]) as (call, chunks):
+            # It sends its rows: it has adopted this one, and may have done anything.
+            victim = next(node for node, queue in nodes.queues().items() if queue)
+            nodes.processes[victim].send_signal(signal.SIGSTOP)
+            # Some of these are sent to it before it is suspect, and it takes none of them up.
+            begun = time.monotonic()
+            asked = [
+                asyncio.create_task(query(nodes, "code0001", teams=["PINK"])) for _ in range(9)
+            ]
+            await asyncio.sleep(0.3)
+            waiting = sum(not task.done() for task in asked)
+            assert waiting
+            nodes.kill(victim)
+            answers = await asyncio.gather(*asked)
+            assert victim not in {answer.summary.parts[0].node for answer in answers}
+            routed = Counter(node for moment, node, _ in nodes.decisions() if moment > begun)
+            assert routed[victim] >= waiting
+            assert sum(routed.values()) == len(asked) + routed[victim]
+            await rest_of(chunks)
+            assert await call.code() is UNAVAILABLE
+            assert "team PINK" in await call.details()
+        moved += routed[victim]
+        nodes.start(victim)
+    await nothing_held(nodes)
+    report(
+        "requests of a dead node",
+        rounds=rounds,
+        not_adopted_and_answered_by_others=moved,
+        not_adopted_and_failed=0,
+        adopted_and_UNAVAILABLE=rounds,
+    )
+
+
+async def test_gateways_killed_under_load(
+    nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
+):
+    kills = count(1, 50)
+    sent = lost = 0
+    slowest = 0.0
+    for _ in range(kills):
+        async with load(nodes) as outcomes, held_query(nodes):
+            await asyncio.sleep(random.random() * 0.1)
+            nodes.kill("A")
+            killed = time.monotonic()
+            # What it had reserved and nobody adopted goes with the nodes' next beat; what it had
+            # as a node goes with its slot, when that is taken again.
+            await until(lambda: nodes.cells(without="A") == 0)
+            slowest = max(slowest, time.monotonic() - killed)
+            await asyncio.to_thread(nodes.start, "A")
+            await until(lambda done=outcomes: done[-1].code is OK)
+        for outcome in failed(outcomes):
+            assert outcome.code is UNAVAILABLE, outcome
+        assert all(nodes.processes[name].poll() is None for name in NODES)
+        sent, lost = sent + len(outcomes), lost + len(failed(outcomes))
+    await nothing_held(nodes)
+    report(
+        "kill -9 of the gateway under load",
+        kills=kills,
+        queries=sent,
+        UNAVAILABLE=lost,
+        wrong_status=0,
+        all_leases_back_after=f"{slowest:.2f} s at most (heartbeats of 0.2 s)",
+        cells_held=nodes.cells(),
+    )
+
+
+async def test_a_node_that_stands_still_and_goes_on(
+    nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
+):
+    """Nothing fails: what it had is late, the rest goes to others, and it gets work again."""
+    rounds = count(1, 30)
+    sent = 0
+
+    def routed(node: str, begin: float, end: float) -> int:
+        return sum(name == node and begin < m < end for m, name, _ in nodes.decisions())
+
+    for number in range(rounds):
+        victim = "FBDCE"[number % 5]
+        process = nodes.processes[victim]
+        async with load(nodes) as outcomes:
+            process.send_signal(signal.SIGSTOP)
+            stopped = time.monotonic()
+            await asyncio.sleep(SUSPECT_S)
+            assert nodes.statuses()[victim].pid == process.pid
+            before = len(outcomes)
+            await asyncio.sleep(0.7)
+            assert len(outcomes) > before  # the others went on meanwhile
+            process.send_signal(signal.SIGCONT)
+            went_on = time.monotonic()
+            assert routed(victim, stopped + SUSPECT_S, went_on) == 0
+            await until(lambda at=went_on, node=victim: routed(node, at, at + 60) > 0)
+            assert nodes.statuses()[victim].health is shmcoord.Health.ALIVE
+        assert not failed(outcomes)
+        sent += len(outcomes)
+    await nothing_held(nodes)
+    report(
+        "SIGSTOP of a node under load, SIGCONT",
+        rounds=rounds,
+        queries=sent,
+        failed=0,
+        routed_to_it_while_suspect=0,
+        cells_held=nodes.cells(),
+    )
+
+
+async def test_a_rolling_restart_loses_nothing(
+    nodes: Running,
+    full: bool,
+    report: Callable[..., None],
+):
+    """Nodes: no client notices. The gateway: clients ask again, and are answered."""
+    names = 10 * "BCDEF" if full else "BE"
+    async with load(nodes) as outcomes:
+        for name in names:
+            assert await asyncio.to_thread(nodes.end, name) == 0
+            await asyncio.to_thread(nodes.start, name)
+    assert not failed(outcomes)
+    assert {node for outcome in outcomes for node in outcome.served.values()} == set(NODES)
+    async with load(nodes, retry_s=20.0) as through:
+        assert await asyncio.to_thread(nodes.end, "A") == 0
+        await asyncio.to_thread(nodes.start, "A")
+        restarted = time.monotonic()
+        await until(lambda: sum(o.began > restarted for o in through) > WORKERS)
+    assert not failed(through)
+    again = sum(outcome.asked > 1 for outcome in through)
+    await nothing_held(nodes)
+    report(
+        "rolling restart under load",
+        restarts=len(names) + 1,
+        queries=len(outcomes) + len(through),
+        failed=0,
+        asked_again_while_the_gateway_restarted=again,
+        cells_held=nodes.cells(),
+    )
+
+
+async def test_cancelled_requests_leave_nothing(
+    nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
+):
+    total = count(400, 10_000)
+    requests = [
+        pb.QueryRequest(words=["lorem"], limit=2000),
+        pb.QueryRequest(words=WORDS),
+        pb.QueryRequest(words=["apple"], aggregate=True),
+    ]
+    processes = {name: psutil.Process(p.pid) for name, p in nodes.processes.items()}
+    codes: Counter[grpc.StatusCode] = Counter()
+
+    async def cancelled(numbers: Iterator[int]) -> None:
+        async with grpc.aio.insecure_channel(nodes.gateway) as channel:
+            stub = pb_grpc.GatewayStub(channel)
+            for _ in numbers:
+                call = stub.Query(random.choice(requests), timeout=30)
+                reading = asyncio.ensure_future(rest_of(call))
+                await asyncio.wait([reading], timeout=random.random() * 0.06)
+                call.cancel()
+                await asyncio.wait([reading])
+                codes[await call.code()] += 1
+
+    async def used() -> dict[str, tuple[int, int]]:
+        await nothing_held(nodes)
+        return {name: (p.memory_info().rss, p.num_fds()) for name, p in processes.items()}
+
+    async def some() -> None:
+        numbers = iter(range(total // 2))
+        await asyncio.gather(*(cancelled(numbers) for _ in range(16)))
+
+    async with held_query(nodes):
+        assert nodes.cells() == 2  # this is how it would look
+    await some()
+    before = await used()
+    await some()
+    after = await used()
+    # The first half has filled every pool and buffer; the second must not need more.
+    memory = max(after[name][0] - before[name][0] for name in NODES)
+    descriptors = max(after[name][1] - before[name][1] for name in NODES)
+    assert memory < 32 << 20
+    assert descriptors <= 4
+    assert set(codes) <= {grpc.StatusCode.CANCELLED, OK}, codes
+    assert codes[grpc.StatusCode.CANCELLED] > total / 2
+    for name in NODES:
+        assert (await client.node_status(nodes.cluster.endpoint(name), 5)).inflight == 0
+    assert (await query(nodes, "code0001")).summary.matched == ROWS_FOUND
+    report(
+        "cancelled requests",
+        cancelled=codes[grpc.StatusCode.CANCELLED],
+        answered_before=codes[OK],
+        cells_held=nodes.cells(),
+        memory_grown=f"{memory / 1e6:.1f} MB at most",
+        descriptors_grown=descriptors,
+    )
