@@ -158,8 +158,8 @@ cdef object _check_header(const shmc_header* h, str name, uint64_t file_size):
         raise SegmentCorrupt(
             f"{name}: {file_size} bytes long, its header says {h.total_bytes}; unlink it"
         )
-    if h.incarnation == 0 or h.mode & ~<uint32_t>0o777:
-        raise SegmentCorrupt(f"{name}: impossible incarnation or mode in the header")
+    if h.incarnation == 0 or h.mode & ~<uint32_t>0o777 or h.ready != SHMC_READY:
+        raise SegmentCorrupt(f"{name}: impossible incarnation, mode or ready word in the header")
 
 
 cdef bint _read_header(int fd, shmc_header* h) except -1:
@@ -174,7 +174,8 @@ cdef bint _read_header(int fd, shmc_header* h) except -1:
     data = os.pread(fd, sizeof(shmc_header), 0)
     memset(h, 0, sizeof(shmc_header))
     memcpy(h, <const char*>data, len(data))
-    return True
+    # Empty at the first look, and in the making at the second.
+    return h.ready != 0 or (h.magic != 0 and h.magic != SHMC_MAGIC)
 
 
 def _is_half_made(fd, size):
