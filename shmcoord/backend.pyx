@@ -4,7 +4,7 @@ cimport cython
 from libc.stdint cimport uint64_t
 
 from shmcoord._atomics cimport load_acquire_u32, load_relaxed_u32, load_relaxed_u64
-from shmcoord.liveness cimport death_is_alive
+from shmcoord.cells cimport death_is_alive
 from shmcoord.segment cimport MAPPING_OPEN
 from shmcoord.status cimport STATE_SHUTDOWN, state_enum, state_of, word_generation, word_queue
 

@@ -4,7 +4,8 @@ from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
 from shmcoord._steps cimport step
 from shmcoord.backend cimport Backend
-from shmcoord.liveness cimport Participant, cell_make, cell_state, death_is_alive, notify_release
+from shmcoord.cells cimport cell_make, cell_state, death_is_alive, notify_release
+from shmcoord.liveness cimport Participant
 from shmcoord.segment cimport Mapping, mapping_t
 from shmcoord.status cimport word_add_inflight, word_generation, word_state
 

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""Who is alive: beat thread, death word, owner lock, claim, leave, reap.
+"""Who is alive: owner lock, claim, leave, reap; judging who makes progress.
 
 Three questions, three answers (docs/layout.md has the bytes):
 
@@ -10,8 +10,7 @@ Three questions, three answers (docs/layout.md has the bytes):
 * Does it make progress? The *heartbeat*, a counter that the beat thread moves, and the progress
   stamp, which Python moves. Late ones make a node SUSPECT and never cost it its slot.
 
-One native thread per process, the beat thread, holds the death words of all participants of the
-process and moves all their heartbeats. It never takes the GIL.
+The thread that holds the death words and moves the heartbeats is in `beat.pyx`.
 """
 cimport cython
 from libc.errno cimport EACCES, EAGAIN
@@ -19,9 +18,20 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from shmcoord._atomics cimport *
+from shmcoord._layout cimport *
 from shmcoord._posix cimport *
 from shmcoord._steps cimport step
-from shmcoord.segment cimport MAPPING_FORKED
+from shmcoord.beat cimport entry_t, hold, is_ours, let_go, why_not_held
+from shmcoord.cells cimport (
+    death_is_alive,
+    free_owned,
+    free_row,
+    notify_release,
+    slot_is_alive,
+    sweep_row,
+)
+from shmcoord.segment cimport MAPPING_FORKED, Mapping, mapping_t
 from shmcoord.status cimport (
     HEALTH_ALIVE,
     HEALTH_DEAD,
@@ -31,7 +41,6 @@ from shmcoord.status cimport (
     record_write,
     slot_is_live,
     word_generation,
-    word_inflight,
     word_make,
 )
 
@@ -48,277 +57,8 @@ SUSPECT_INTERVALS = 3
 cdef uint64_t _SUSPECT_INTERVALS = SUSPECT_INTERVALS
 _CLAIM_PATIENCE_S = 5.0
 
-# --- the beat thread ------------------------------------------------------------------------
-#
-# `_entries`, `_head` and the robust links are changed with `_registry` held. The kernel reads
-# `_head` and the links when the beat thread ends; the order of the stores in `_hold` and
-# `_let_go` keeps the list whole at every instant, since that instant may be the last.
 
-cdef pthread_mutex_t _registry
-cdef pthread_cond_t _changed
-cdef entry_t* _entries = NULL
-cdef robust_list_head _head
-cdef uint32_t _beat_tid = 0
-cdef bint _beat_started = False
-cdef bint _beat_refused = False  # the kernel, or a sandbox, knows no robust list
-cdef uint32_t _held = 0          # words in the list
-cdef enum:
-    HELD_MAX = 2048  # the kernel's ROBUST_LIST_LIMIT: it marks no more than that
-
-
-cdef void _init_sync() noexcept nogil:
-    cdef pthread_condattr_t attr
-    pthread_mutex_init(&_registry, NULL)
-    pthread_condattr_init(&attr)
-    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC)
-    pthread_cond_init(&_changed, &attr)
-
-
-cdef void _fork_prepare() noexcept nogil:
-    pthread_mutex_lock(&_registry)
-
-
-cdef void _fork_parent() noexcept nogil:
-    pthread_mutex_unlock(&_registry)
-
-
-cdef void _fork_child() noexcept nogil:
-    # The child has no beat thread and no participants. The entries belong to Participant objects,
-    # which free them.
-    global _entries, _beat_tid, _beat_started, _held
-    _entries = NULL
-    _held = 0
-    _beat_tid = 0
-    _beat_started = False
-    _init_sync()
-
-
-_init_sync()
-pthread_atfork(_fork_prepare, _fork_parent, _fork_child)
-
-
-cdef void* _beat_main(void* unused) noexcept nogil:
-    global _beat_refused, _beat_tid
-    cdef uint64_t now, wake
-    cdef timespec until
-    cdef entry_t* entry
-    pthread_mutex_lock(&_registry)
-    _head.list.next = &_head.list
-    _head.futex_offset = SHMC_FUTEX_OFFSET
-    _head.list_op_pending = NULL
-    # This thread's own list replaces libc's, which it will never use: it locks no robust mutex.
-    if syscall(SYS_set_robust_list, &_head, sizeof(robust_list_head)) != 0:
-        _beat_refused = True
-    _beat_tid = <uint32_t>syscall(SYS_gettid)
-    pthread_cond_broadcast(&_changed)
-    while True:
-        now = mono_ns()
-        wake = <uint64_t>-1
-        entry = _entries
-        while entry != NULL:
-            if entry.due_ns <= now:
-                _beat(entry, now)
-                entry.due_ns += entry.interval_ns
-                if entry.due_ns <= now:  # we were stopped for long: no burst of old beats
-                    entry.due_ns = now + entry.interval_ns
-            if entry.due_ns < wake:
-                wake = entry.due_ns
-            entry = entry.next
-        if wake == <uint64_t>-1:
-            pthread_cond_wait(&_changed, &_registry)
-        else:
-            until.tv_sec = wake // 1000000000u
-            until.tv_nsec = wake % 1000000000u
-            pthread_cond_timedwait(&_changed, &_registry, &until)
-    return NULL
-
-
-cdef void _beat(entry_t* entry, uint64_t now) noexcept nogil:
-    cdef shmc_hot* hot = &entry.m.hot[entry.slot]
-    store_relaxed_u64(&hot.beat_ns, now)
-    store_release_u64(&hot.beats, load_relaxed_u64(&hot.beats) + 1)
-    if entry.is_node:
-        sweep_row(entry.m, entry.slot)
-        _recount(entry)
-
-
-cdef void _recount(entry_t* entry) noexcept nogil:
-    """Correct the load word from the cells, unless it moves meanwhile (then at the next beat)."""
-    cdef shmc_hot* hot = &entry.m.hot[entry.slot]
-    cdef uint64_t* row = entry.m.cells + <size_t>entry.slot * entry.m.leases
-    cdef uint64_t word, cell, total
-    cdef uint32_t i
-    cdef int _attempt
-    for _attempt in range(3):
-        word = load_seqcst_u64(&hot.load)
-        if word_generation(word) != (entry.generation & 0xFFFF):
-            return
-        total = load_relaxed_u64(&entry.overflow)
-        for i in range(entry.m.leases):
-            cell = load_acquire_u64(&row[i])
-            if cell != 0:
-                total += cell_cost(cell)
-        if total > SHMC_FIELD_MAX:
-            total = SHMC_FIELD_MAX
-        if total == word_inflight(word):
-            return
-        if cas_seqcst_u64(&hot.load, word, (word & ~<uint64_t>SHMC_FIELD_MAX) | total):
-            return
-
-
-cdef bint _start_beat_thread() noexcept nogil:
-    """Start the thread if there is none and wait for its list; the caller has `_registry`."""
-    global _beat_started
-    cdef pthread_t thread
-    cdef sigset_t every, before
-    cdef int err
-    if not _beat_started:
-        # Signals are for the threads of the application.
-        sigfillset(&every)
-        pthread_sigmask(SIG_SETMASK, &every, &before)
-        err = pthread_create(&thread, NULL, _beat_main, NULL)
-        pthread_sigmask(SIG_SETMASK, &before, NULL)
-        if err != 0:
-            return False
-        pthread_detach(thread)
-        _beat_started = True
-    while _beat_tid == 0:
-        pthread_cond_wait(&_changed, &_registry)
-    return not _beat_refused
-
-
-cdef bint _hold(entry_t* entry) noexcept nogil:
-    """Have the beat thread hold the death word of `entry` and move its heartbeat."""
-    global _entries, _held
-    cdef shmc_hot* hot = &entry.m.hot[entry.slot]
-    pthread_mutex_lock(&_registry)
-    if _held >= HELD_MAX or not _start_beat_thread():
-        pthread_mutex_unlock(&_registry)
-        return False
-    # Linked first, then locked: a death in between leaves a word of 0, which nobody takes for a
-    # living owner; the other order would leave a locked word that nobody marks.
-    hot.robust_next = <uint64_t>_head.list.next
-    fence_seqcst()
-    _head.list.next = <robust_list*>&hot.robust_next
-    fence_seqcst()
-    step(b"claim.link")
-    store_release_u32(&hot.death, _beat_tid)
-    step(b"claim.death")
-    entry.next = _entries
-    _entries = entry
-    _held += 1
-    pthread_cond_broadcast(&_changed)
-    pthread_mutex_unlock(&_registry)
-    return True
-
-
-cdef void _let_go(entry_t* entry) noexcept nogil:
-    """The reverse of `_hold`: the word is emptied first, then unlinked."""
-    global _entries, _held
-    cdef robust_list* after = &_head.list
-    cdef entry_t* before = NULL
-    cdef entry_t* at
-    pthread_mutex_lock(&_registry)
-    store_release_u32(&entry.m.hot[entry.slot].death, 0)
-    fence_seqcst()
-    step(b"leave.death")
-    # The kernel's list has the order of ours, so the neighbours are found in private memory, never
-    # by following addresses that stand in the segment.
-    at = _entries
-    while at != NULL and at != entry:
-        before = at
-        at = at.next
-    if at == entry:
-        _held -= 1
-        if entry.next != NULL:
-            after = <robust_list*>&entry.next.m.hot[entry.next.slot].robust_next
-        if before == NULL:
-            _entries = entry.next
-            _head.list.next = after
-        else:
-            before.next = entry.next
-            before.m.hot[before.slot].robust_next = <uint64_t>after
-    pthread_mutex_unlock(&_registry)
-
-
-cdef str _why_not_held():
-    if _held >= HELD_MAX:
-        return f"it takes part {HELD_MAX} times already, the most that the kernel marks"
-    if _beat_refused:
-        return "set_robust_list was refused (a sandbox?)"
-    return "the beat thread could not be started (limit of threads?)"
-
-
-cdef bint _is_ours(mapping_t* m, uint32_t slot) noexcept nogil:
-    """Whether a participant of this process claimed the slot through this very mapping.
-
-    Locks of one open file description do not conflict with each other, so for these slots taking
-    the owner lock would succeed and mean nothing.
-    """
-    cdef bint found = False
-    cdef entry_t* entry
-    pthread_mutex_lock(&_registry)
-    entry = _entries
-    while entry != NULL:
-        if entry.m == m and entry.slot == slot:
-            found = True
-            break
-        entry = entry.next
-    pthread_mutex_unlock(&_registry)
-    return found
-
-
-# --- sweep and reap ------------------------------------------------------------------------
-
-cdef uint32_t sweep_row(mapping_t* m, uint32_t slot) noexcept nogil:
-    """Free the cells of one node whose owners are dead. Anyone, any number of times."""
-    cdef uint64_t* row = m.cells + <size_t>slot * m.leases
-    cdef uint64_t cell
-    cdef uint32_t i, freed = 0
-    for i in range(m.leases):
-        cell = load_acquire_u64(&row[i])
-        if cell != 0 and owner_is_dead(m, cell):
-            freed += _free_cell(m, slot, &row[i], cell)
-    if freed:
-        notify_release(m)
-    return freed
-
-
-cdef uint32_t _free_cell(mapping_t* m, uint32_t slot, uint64_t* at, uint64_t cell) noexcept nogil:
-    if not cas_seqcst_u64(at, cell, 0):
-        return 0
-    step(b"sweep.cas")
-    word_add_inflight(&m.hot[slot], load_relaxed_u32(&m.hot[slot].generation),
-                      -<int64_t>cell_cost(cell))
-    step(b"sweep.word")
-    return 1
-
-
-cdef uint32_t _free_row(mapping_t* m, uint32_t slot) noexcept nogil:
-    """Free every cell of a node that is gone, or leaves."""
-    cdef uint64_t* row = m.cells + <size_t>slot * m.leases
-    cdef uint64_t cell
-    cdef uint32_t i, freed = 0
-    for i in range(m.leases):
-        cell = load_acquire_u64(&row[i])
-        if cell != 0:
-            freed += _free_cell(m, slot, &row[i], cell)
-    return freed
-
-
-cdef uint32_t _free_owned(mapping_t* m, uint32_t owner, uint32_t generation) noexcept nogil:
-    """Free every cell, of any node, that this participant owns."""
-    cdef uint64_t cell
-    cdef uint64_t* row
-    cdef uint32_t slot, i, freed = 0
-    for slot in range(m.slots):
-        row = m.cells + <size_t>slot * m.leases
-        for i in range(m.leases):
-            cell = load_acquire_u64(&row[i])
-            if cell != 0 and cell_is_of(cell, owner, generation):
-                freed += _free_cell(m, slot, &row[i], cell)
-    return freed
-
+# --- reap ----------------------------------------------------------------------------------
 
 cdef void _move_epoch(mapping_t* m, uint32_t slot) noexcept nogil:
     """Members have changed, and with them perhaps capacity. Routers are nobody's members."""
@@ -345,9 +85,9 @@ cdef uint32_t _clear_slot(mapping_t* m, uint32_t slot) noexcept nogil:
     """
     cdef shmc_hot* hot = &m.hot[slot]
     cdef uint32_t waiters, freed
-    freed = _free_owned(m, slot, load_relaxed_u32(&hot.generation))
+    freed = free_owned(m, slot, load_relaxed_u32(&hot.generation))
     step(b"reap.owned")
-    freed += _free_row(m, slot)
+    freed += free_row(m, slot)
     step(b"reap.row")
     if load_relaxed_u32(&hot.waiting_now) != 0:
         store_relaxed_u32(&hot.waiting_now, 0)
@@ -394,7 +134,7 @@ cdef uint32_t reap_all(Mapping mapping) except? 0xFFFFFFFF:
         )
     with _membership:
         for slot in range(m.slots):
-            if not slot_is_live(m, slot) or _is_ours(m, slot):
+            if not slot_is_live(m, slot) or is_ours(m, slot):
                 continue
             if ofd_lock(m.fd, slot, F_WRLCK) == 0:
                 freed += _clear_slot(m, slot) + 1
@@ -463,7 +203,7 @@ cdef int64_t _take_slot(Mapping mapping, uint32_t kind, str name) except -1:
             info = read_info(m, slot)
             if info is None or info.node != name:
                 continue
-            if _is_ours(m, slot) or ofd_lock(m.fd, slot, F_WRLCK) != 0:
+            if is_ours(m, slot) or ofd_lock(m.fd, slot, F_WRLCK) != 0:
                 if slot_is_alive(m, slot):
                     raise NodeExists(
                         f"{mapping.name}: a living node is called {name!r} (pid {info.pid}, "
@@ -481,7 +221,7 @@ cdef int64_t _take_slot(Mapping mapping, uint32_t kind, str name) except -1:
                 continue
             if want == 1 and slot_is_alive(m, slot):
                 continue
-            if _is_ours(m, slot) or ofd_lock(m.fd, slot, F_WRLCK) != 0:
+            if is_ours(m, slot) or ofd_lock(m.fd, slot, F_WRLCK) != 0:
                 continue
             _clear_slot(m, slot)
             return slot
@@ -553,10 +293,10 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     entry.is_node = kind == SHMC_KIND_NODE
     entry.interval_ns = meta.interval_ns
     entry.due_ns = now + meta.interval_ns
-    if not _hold(entry):
+    if not hold(entry):
         raise ShmcoordError(
             f"{mapping.name}: this process cannot have its death noticed, so it may not take part: "
-            f"{_why_not_held()}"
+            f"{why_not_held()}"
         )
     self.left = False
     _participants.add(self)
@@ -595,9 +335,9 @@ cdef class Participant:
         cdef mapping_t* m = self.entry.m
         cdef uint32_t slot = self.slot
         self.left = True
-        _free_owned(m, slot, self.generation)
+        free_owned(m, slot, self.generation)
         step(b"leave.owned")
-        _free_row(m, slot)
+        free_row(m, slot)
         step(b"leave.row")
         _close_word(&m.hot[slot])
         step(b"leave.word")
@@ -605,7 +345,7 @@ cdef class Participant:
         store_release_u32(&m.hot[slot].waiting_now, 0)
         and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
         step(b"leave.bitmap")
-        _let_go(self.entry)
+        let_go(self.entry)
         step(b"leave.unlink")
         _move_epoch(m, slot)
         step(b"leave.epoch")

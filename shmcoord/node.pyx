@@ -12,8 +12,9 @@ from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
 from shmcoord._posix cimport mono_ns, wall_ns
 from shmcoord._steps cimport step
+from shmcoord.cells cimport cell_cost, cell_make, notify_release
 from shmcoord.lease cimport find_cell, free_cell, take_cell
-from shmcoord.liveness cimport cell_cost, cell_make, claim, notify_release
+from shmcoord.liveness cimport claim
 from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN
 from shmcoord.status cimport (
     bits_to_double,

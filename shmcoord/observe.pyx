@@ -5,7 +5,8 @@ from libc.stdint cimport uint32_t
 from shmcoord._atomics cimport load_acquire_u32
 from shmcoord._posix cimport mono_ns
 from shmcoord.backend cimport make_backend
-from shmcoord.liveness cimport Judge, reap_all, slot_is_alive
+from shmcoord.cells cimport slot_is_alive
+from shmcoord.liveness cimport Judge, reap_all
 from shmcoord.segment cimport Mapping
 from shmcoord.status cimport NodeInfo, Status, read_info, read_status, slot_is_live
 

@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free
 
 from shmcoord._atomics cimport load_acquire_u32, load_relaxed_u64
 from shmcoord._layout cimport SHMC_STATE_OPEN
-from shmcoord.liveness cimport death_is_alive
+from shmcoord.cells cimport death_is_alive
 from shmcoord.status cimport (
     HEALTH_SUSPECT,
     word_queue,

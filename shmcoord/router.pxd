@@ -23,7 +23,6 @@ cdef class Router:
     cdef bint is_closed
     cdef bint owns_segments
     cdef object waiting     # WaitQueue, made at the first wait
-    cdef list counted       # the segments and participants counted as waiting
     cdef object __weakref__
 
     cdef Table table_of(self, group)

@@ -12,10 +12,11 @@ from libc.string cimport memset
 
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
-from shmcoord._posix cimport futex_wait_any, futex_wake_all, mono_coarse_ns, mono_ns
+from shmcoord._posix cimport mono_coarse_ns, mono_ns
 from shmcoord.backend cimport Backend, make_backend
+from shmcoord.cells cimport death_is_alive, sweep_row
 from shmcoord.lease cimport Lease, reserve
-from shmcoord.liveness cimport Judge, Participant, claim, death_is_alive, sweep_row
+from shmcoord.liveness cimport Judge, Participant, claim
 from shmcoord.picker cimport (
     Table,
     candidate_t,
@@ -24,7 +25,7 @@ from shmcoord.picker cimport (
     make_table,
     score_of,
 )
-from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN, Mapping, mapping_t
+from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN, Mapping
 from shmcoord.status cimport (
     HEALTH_DEAD,
     STATE_BUSY,
@@ -43,6 +44,7 @@ import logging
 import os
 
 from shmcoord.errors import NoBackend, Saturated, ShmcoordError
+from shmcoord.release import ReleaseWait
 
 _log = logging.getLogger("shmcoord.router")
 _serial = itertools.count(1)
@@ -510,73 +512,14 @@ cdef class Router:
     def _queue(self, group, timeout_s, cost, explain, exclude):
         if self.waiting is None:
             from shmcoord.waiting import WaitQueue  # not needed where nobody waits
+            released = ReleaseWait(self.segments, self.participants)
             self.waiting = WaitQueue(
-                self._wait_begin, self._wait_ticket, self._wait_sleep, self._wait_end,
-                _release_quietly, self._wait_wake,
+                released.begin, released.ticket, released.sleep, released.end, _release_quietly,
+                released.wake,
             )
         return self.waiting.put(
             group, lambda: self._attempt(<str>group, cost, explain, exclude), min(timeout_s, 1e6)
         )
-
-    def _wait_begin(self):
-        """Count this router among those that a release wakes, in every segment."""
-        cdef Participant owner
-        counted = []
-        for segment, participant in zip(self.segments, self.participants):
-            add_seqcst_u32(&(<Mapping>segment).m.sync.waiters, 1)
-            if participant is not None:
-                owner = <Participant>participant
-                # For the reaper, should we die here. Between the two stores lies a death that
-                # leaves one count too many, which costs each release a system call and no more.
-                store_release_u32(&owner.entry.m.hot[owner.slot].waiting_now, 1)
-            counted.append((segment, participant))
-        self.counted = counted
-
-    def _wait_end(self):
-        cdef Participant owner
-        cdef mapping_t* m
-        cdef uint32_t waiters
-        for segment, participant in self.counted:
-            m = (<Mapping>segment).m
-            if m.state == MAPPING_FORKED:
-                continue
-            if participant is not None:
-                owner = <Participant>participant
-                if not owner.left:
-                    store_release_u32(&m.hot[owner.slot].waiting_now, 0)
-            while True:
-                waiters = load_relaxed_u32(&m.sync.waiters)
-                if waiters == 0 or cas_seqcst_u32(&m.sync.waiters, waiters, waiters - 1):
-                    break
-
-    def _wait_ticket(self):
-        self._check()
-        if [counted for counted, _ in self.counted] != self.segments:
-            self._wait_end()  # a segment was made anew: wait on the new one
-            self._wait_begin()
-        return [
-            (segment, load_seqcst_u32(&(<Mapping>segment).m.sync.release_word))
-            for segment in self.segments
-        ]
-
-    def _wait_wake(self):
-        """End the sleep of this router's waiting thread (and, harmlessly, of others')."""
-        cdef mapping_t* m = (<Mapping>self.segments[0]).m
-        add_seqcst_u32(&m.sync.release_word, 1)
-        futex_wake_all(&m.sync.release_word)
-
-    def _wait_sleep(self, ticket, timeout_s):
-        """Sleep until a release word moves from where the ticket saw it."""
-        cdef uint32_t* words[128]
-        cdef uint32_t seen[128]
-        cdef uint32_t i = 0
-        cdef uint64_t timeout_ns = <uint64_t>(timeout_s * 1e9)
-        for segment, word in ticket:
-            words[i] = &(<Mapping>segment).m.sync.release_word
-            seen[i] = word
-            i += 1
-        with nogil:
-            futex_wait_any(words, seen, i, timeout_ns)
 
     # --- what cannot be done
 

@@ -36,7 +36,7 @@ from shmcoord._layout cimport (
     shmc_record,
 )
 from shmcoord.backend cimport Backend
-from shmcoord.liveness cimport death_is_alive
+from shmcoord.cells cimport death_is_alive
 from shmcoord.picker cimport candidate_t, candidates_t, policy_t
 from shmcoord.status cimport (
     bits_to_double,

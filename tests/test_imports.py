@@ -34,10 +34,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     # native: the only code that touches shared memory
     "segment": {"_atomics", "_layout", "_posix", "_steps", "errors"},
     "status": {"_atomics", "_layout", "_posix", "_steps", "segment"},
-    "liveness": {"_atomics", "_layout", "_posix", "_steps", "errors", "segment", "status"},
-    "backend": {"_atomics", "_layout", "liveness", "segment", "status"},
+    "cells": {"_atomics", "_layout", "_posix", "_steps", "segment", "status"},
+    "beat": {"_atomics", "_layout", "_posix", "_steps", "cells", "segment", "status"},
+    "liveness": {
+        *("_atomics", "_layout", "_posix", "_steps", "beat", "cells", "errors", "segment"),
+        "status",
+    },
+    "release": {"_atomics", "_posix", "liveness", "segment"},
+    "backend": {"_atomics", "_layout", "cells", "segment", "status"},
     "lease": {
         "_atomics",
+        "cells",
         "_layout",
         "_steps",
         "backend",
@@ -48,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "picker": {
         "_atomics",
+        "cells",
         "_layout",
         "backend",
         "lease",
@@ -58,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "observe": {
         "_atomics",
+        "cells",
         "_layout",
         "_posix",
         "backend",
@@ -69,12 +78,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the two sides that users hold
     "node": {
         *("_atomics", "_layout", "_posix", "errors", "lease", "liveness", "segment", "status"),
-        *("_steps", "update"),
+        *("_steps", "cells", "update"),
     },
     "decision": {"backend", "status"},
     "router": {
         *("_atomics", "_layout", "_posix", "backend", "decision", "errors", "lease", "liveness"),
-        *("picker", "policy", "segment", "status", "waiting"),
+        *("cells", "picker", "policy", "release", "segment", "status", "waiting"),
     },
     "bulk": {"status"},
     "api": {"backend", "bulk", "node", "observe", "segment", "status"},
