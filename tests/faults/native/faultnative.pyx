@@ -15,7 +15,7 @@ from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
 from shmcoord.backend cimport Backend
 from shmcoord.lease cimport take_cell
-from shmcoord.liveness cimport cell_make
+from shmcoord.cells cimport cell_make
 from shmcoord.node cimport Node
 from shmcoord.status cimport record_read, record_write, word_add_inflight
 
