@@ -311,7 +311,7 @@ def test_the_dispatchers_are_part_of_the_package():
 
 
 def test_slow_failures_do_not_lead_in_a_circle(segment, name):
-    """Two nodes which take longer to fail than their mark lasts: the third is asked all the same."""
+    """Two nodes that take longer to fail than their mark lasts: the third is asked all the same."""
     asked = []
 
     class Slow:
