@@ -303,7 +303,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     try:
         return asyncio.run(work)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _fail("Interrupted.", 130)
     except config.ConfigError as error:
         _fail(str(error), 2)
 

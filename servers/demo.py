@@ -54,7 +54,8 @@ async def run_demo(loader: "Loader", console: Console) -> int:
         for name, line in show.last:
             view.show_log(console, line, show.styles[name])
         codes, pids = {"demo": 1}, {}
-    unlink_segments(cluster)
+    finally:
+        unlink_segments(cluster)  # also after Ctrl-C, and when nobody reads on
     left = [
         *_left_over(cluster, pids),
         *(f"{name}: exit {code}" for name, code in codes.items() if code),

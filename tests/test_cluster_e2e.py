@@ -515,3 +515,23 @@ def test_the_demo_ends_well_and_leaves_nothing(small: Path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Nothing is left" in result.stdout
     assert not set(config.load(small).segments) & set(os.listdir("/dev/shm"))
+
+
+def test_an_interrupted_demo_leaves_nothing(small: Path):
+    with subprocess.Popen(
+        [sys.executable, "-m", "servers", "demo", "--config", str(small)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell's background job has SIGINT ignored, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "Free words" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        assert "Interrupted." in process.stdout.read()
+        assert process.wait(20) == 130
+    assert not set(config.load(small).segments) & set(os.listdir("/dev/shm"))
