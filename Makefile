@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard shmcoord/*.pyx shmcoord/*.pxd shmcoord/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all lint format bench proto clean
+.PHONY: help build demo test faults test-all lint format bench proto clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ demo: $(VENV)/.built  ## run the reference cluster: six nodes, real queries, the
 
 test: $(VENV)/.dev  ## run the whole test suite
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.dev  ## the fault harness and the proofs at full counts (about an hour)
+	SHMCOORD_FAULTS=full $(BIN)/python -m pytest -s --timeout=3600 tests/faults tests/proofs
 
 test-all: $(VENV)/.dev  ## repeat the tests on every CPython from 3.10 on that is found
 	$(BIN)/python -m nox
