@@ -32,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from fault_helpers import with_path
 from helpers import Child
 
 import shmcoord
@@ -190,12 +191,6 @@ def step_build() -> Path:
     pytest.importorskip("setuptools", reason="setuptools is not installed (extra `test`)")
     # Not optimised: what is tested is where a process ends, and the compiler is three times faster.
     return package_copy("steps", SHMCOORD_STEPS="1", SHMCOORD_DEBUG="1")
-
-
-def with_path(folder: Path) -> tuple[str, ...]:
-    """For `Child(..., executable=)`: run Python with this folder before all others."""
-    # The working folder comes first on the path of `python -c`, and it must not be the tree.
-    return ("env", "-C", str(folder), f"PYTHONPATH={folder}")
 
 
 @pytest.fixture

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from shmcoord import Health, NodeExists, Router, Saturated, SegmentFull
+
+
+def with_path(*folders: Path) -> tuple[str, ...]:
+    """For `Child(..., executable=)`: run Python with these folders before all others."""
+    # The working folder comes first on the path of `python -c`, and it must not be the tree.
+    path = ":".join(map(str, folders))
+    return ("env", "-C", str(folders[0]), f"PYTHONPATH={path}")
 
 
 def stopped_node_is_kept(segment, spawn_node):
