@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from servers import client, config, view
+from servers import client, config, links, view
 from servers.pb import shmcoord_cluster_pb2 as pb
 
 T = TypeVar("T")
@@ -22,6 +22,8 @@ _EXIT_CODES = """
 Exit codes: 0 all went well; 1 something failed at run time (nobody there, refused, too late,
 a port taken, a node that died); 2 wrong usage or configuration.
 """
+
+_PEM = click.Path(path_type=Path, dir_okay=False)
 
 
 class Loader:
@@ -68,7 +70,7 @@ def cluster_options(command: F) -> F:
             envvar=config.SEGMENT_SUFFIX_VARIABLE,
             default="",
             show_envvar=True,
-            help="Appended to every segment's name, to run beside another cluster.",
+            help="Appended to every segment's and socket's name, to run beside another cluster.",
         ),
         click.option(
             "--base-port",
@@ -132,6 +134,10 @@ def main() -> None:
     default=0.0,
     help="Seconds in which a query that found somebody ended (UNAVAILABLE) is sent again.",
 )
+@click.option("--ca", type=_PEM, help="Use TLS, and trust the certificates of this PEM file.")
+@click.option("--cert", type=_PEM, help="Our certificate, for a cluster that wants one.")
+@click.option("--key", type=_PEM, help="The key of --cert.")
+@click.option("--server-name", help="The name in the certificate of --server, if not its address.")
 def query(
     server: str,
     text: str,
@@ -142,8 +148,18 @@ def query(
     concurrency: int,
     timeout_s: float,
     retry_s: float,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    server_name: str | None,
 ) -> None:
     """Asks the gateway for rows, or for the aggregate."""
+    if (cert is None) != (key is None) or (ca is None and (cert or server_name)):
+        raise click.UsageError("--cert and --key belong together, and with --server-name to --ca")
+    try:
+        ways = links.PLAIN if ca is None else links.client_links(ca, cert, key, server_name)
+    except config.ConfigError as error:
+        _fail(str(error), 2)
     request = pb.QueryRequest(words=text.split(), teams=teams, limit=limit, aggregate=aggregate)
     console, errors = Console(), Console(stderr=True)
     with Progress(
@@ -164,6 +180,7 @@ def query(
                 concurrency=concurrency,
                 timeout_s=timeout_s,
                 retry_s=retry_s,
+                links=ways,
                 on_done=lambda: progress.advance(task),
             )
         )
@@ -234,13 +251,14 @@ def status(loader: Loader, timeout_s: float) -> None:
 
     async def one(name: str) -> pb.NodeStatus | str:
         try:
-            return await client.node_status(cluster.endpoint(name), timeout_s)
+            return await client.node_status(cluster.endpoint(name), timeout_s, ways)
         except client.QueryError as error:
             return error.code.name
 
     async def every() -> list[pb.NodeStatus | str]:
         return await asyncio.gather(*(one(name) for name in cluster.nodes))
 
+    ways = _links(cluster)
     statuses = dict(zip(cluster.nodes, _run(every()), strict=True))
     view.show_status(Console(), cluster, statuses)
     sys.exit(1 if any(isinstance(status, str) for status in statuses.values()) else 0)
@@ -274,7 +292,7 @@ def shutdown(loader: Loader, name: str, secret: str, timeout_s: float) -> None:
     if name not in cluster.nodes:
         raise click.UsageError(f"no node {name!r}; nodes are {', '.join(cluster.nodes)}")
     try:
-        _run(client.shut_down(cluster.endpoint(name), secret, timeout_s))
+        _run(client.shut_down(cluster.endpoint(name), secret, timeout_s, _links(cluster)))
     except client.QueryError as error:
         _fail(str(error))
 
@@ -294,6 +312,13 @@ def demo(loader: Loader) -> None:
 def _loaded(loader: Loader) -> config.Cluster:
     try:
         return loader.load()
+    except config.ConfigError as error:
+        _fail(str(error), 2)
+
+
+def _links(cluster: config.Cluster) -> links.Links:
+    try:
+        return links.links_of(cluster)
     except config.ConfigError as error:
         _fail(str(error), 2)
 

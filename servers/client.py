@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
 
+from servers.links import PLAIN, Links
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from servers.table import Row, column_names, to_rows
@@ -126,6 +127,7 @@ async def ask_many(
     concurrency: int = 1,
     timeout_s: float | None = None,
     retry_s: float = 0.0,
+    links: Links = PLAIN,
     on_done: Callable[[], None] = lambda: None,
 ) -> Report:
     """Sends the same query many times, some of them at once; failures are counted, not raised."""
@@ -145,20 +147,20 @@ async def ask_many(
                 report.add(answer, time.monotonic() - sent)
             on_done()
 
-    async with grpc.aio.insecure_channel(server, _CHANNEL_OPTIONS) as channel:
+    async with links.channel(server, _CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.GatewayStub(channel)
         await asyncio.gather(*(work(stub) for _ in range(min(concurrency, count))))
     report.seconds = time.monotonic() - begun
     return report
 
 
-async def node_status(endpoint: str, timeout_s: float) -> pb.NodeStatus:
+async def node_status(endpoint: str, timeout_s: float, links: Links = PLAIN) -> pb.NodeStatus:
     """Asks one node for its status.
 
     Raises:
         QueryError: it is not there or too slow.
     """
-    async with grpc.aio.insecure_channel(endpoint) as channel:
+    async with links.channel(endpoint) as channel:
         try:
             return await pb_grpc.NodeStub(channel).GetStatus(
                 pb.GetStatusRequest(), timeout=timeout_s
@@ -167,13 +169,13 @@ async def node_status(endpoint: str, timeout_s: float) -> pb.NodeStatus:
             raise _failed(error) from None
 
 
-async def shut_down(endpoint: str, secret: str, timeout_s: float) -> None:
+async def shut_down(endpoint: str, secret: str, timeout_s: float, links: Links = PLAIN) -> None:
     """Asks one node to drain and end.
 
     Raises:
         QueryError: it is not there, or refused.
     """
-    async with grpc.aio.insecure_channel(endpoint) as channel:
+    async with links.channel(endpoint) as channel:
         try:
             await pb_grpc.NodeStub(channel).Shutdown(
                 pb.ShutdownRequest(secret=secret), timeout=timeout_s

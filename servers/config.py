@@ -6,6 +6,7 @@ everything; it raises one `ConfigError` that lists every problem found, not only
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=32)]
 SegmentName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+# What the kernel takes for the path of a Unix socket, without the NUL.
+_SOCKET_BYTES = 107
 Leases = Annotated[int, Field(ge=1, le=128)]
 
 
@@ -71,12 +74,23 @@ class Host(_Strict):
     address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
 
 
+class TlsSettings(_Strict):
+    """The PEM files for all links; their paths are relative to the configuration's folder."""
+
+    ca: Annotated[str, Field(min_length=1)]
+    certificate: Annotated[str, Field(min_length=1)]
+    key: Annotated[str, Field(min_length=1)]
+    require_client_certificate: bool = True
+    server_name: Annotated[str, Field(min_length=1)] | None = None
+
+
 class NodeSettings(_Strict):
-    """One node as the file has it."""
+    """One node as the file has it; it listens on a port or on a Unix socket."""
 
     host: str
     role: Literal["leader", "team-leader", "worker"]
-    port: Port
+    port: Port | None = None
+    socket: Annotated[str, Field(min_length=1)] | None = None
     team: str
     capacity: Leases | None = None
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -88,6 +102,7 @@ class Cluster(_Strict):
 
     teams: Annotated[list[Name], Field(min_length=1)]
     cluster: ClusterSettings = ClusterSettings()
+    tls: TlsSettings | None = None
     data: DataSettings
     hosts: dict[Name, Host]
     nodes: dict[Name, NodeSettings]
@@ -110,6 +125,8 @@ class Cluster(_Strict):
     def endpoint(self, node: str) -> str:
         """A node's address for gRPC."""
         settings = self.nodes[node]
+        if settings.socket is not None:
+            return f"unix:{self.folder / settings.socket}"
         address = self.hosts[settings.host].address
         return f"[{address}]:{settings.port}" if ":" in address else f"{address}:{settings.port}"
 
@@ -156,7 +173,7 @@ def load(
     Args:
         file: the TOML file; None means the one delivered with the servers.
         base_port: moves all ports so that the lowest is this one; their distances stay.
-        segment_suffix: appended to the name of every segment.
+        segment_suffix: appended to the name of every segment and Unix socket.
 
     Raises:
         ConfigError: with every problem found.
@@ -166,7 +183,7 @@ def load(
     if "folder" in raw:
         raise ConfigError(str(path), ["folder: unknown key"])
     _override(raw, base_port, segment_suffix)
-    problems = list(_cross_problems(raw))
+    problems = list(_cross_problems(raw, path.resolve().parent))
     try:
         cluster = Cluster.model_validate({**raw, "folder": path.resolve().parent})
     except ValidationError as error:
@@ -207,6 +224,9 @@ def _override(raw: dict[str, Any], base_port: int | None, suffix: str) -> None:
     for host in _tables(raw, "hosts").values():
         if suffix and isinstance(host.get("segment"), str):
             host["segment"] += suffix
+    for node in _tables(raw, "nodes").values():
+        if suffix and isinstance(node.get("socket"), str):
+            node["socket"] += suffix
 
 
 def _field_problems(error: ValidationError) -> Iterator[str]:
@@ -223,40 +243,58 @@ def _field_problems(error: ValidationError) -> Iterator[str]:
             yield f"{where}: {message}{given}"
 
 
-def _cross_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+def _cross_problems(raw: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """What the parts of the file say against each other."""
     hosts, nodes = _tables(raw, "hosts"), _tables(raw, "nodes")
     teams = raw.get("teams")
     teams = [team for team in teams if isinstance(team, str)] if isinstance(teams, list) else []
     yield from _node_problems(nodes, hosts, teams)
+    yield from _endpoint_problems(nodes, hosts, folder)
     yield from _team_problems(nodes, teams)
     yield from _host_problems(hosts, nodes)
+    yield from _tls_problems(raw.get("tls"), nodes)
     yield from _data_problems(raw.get("data"))
 
 
 def _node_problems(
     nodes: Mapping[str, dict[str, Any]], hosts: Mapping[str, object], teams: list[str]
 ) -> Iterator[str]:
-    by_port: dict[tuple[str, int], list[str]] = defaultdict(list)
     leaders = []
     for name, node in nodes.items():
-        host, team, port = node.get("host"), node.get("team"), node.get("port")
+        host, team = node.get("host"), node.get("team")
         if isinstance(host, str) and host not in hosts:
             yield f"nodes.{name}.host: no host {host!r}; hosts are {_list(hosts)}"
         if isinstance(team, str) and team not in teams:
             yield f"nodes.{name}.team: no team {team!r}; teams are {_list(teams)}"
-        if _is_port(port) and isinstance(host, str):
-            settings = hosts.get(host)
-            address = settings.get("address") if isinstance(settings, dict) else None
-            by_port[str(address or "127.0.0.1"), int(str(port))].append(name)
         if node.get("role") == "leader":
             leaders.append(name)
-    for (address, port), names in by_port.items():
-        if len(names) > 1:
-            yield f"nodes: port {port} of {address} is given to {_list(names)}"
     if len(leaders) != 1:
         found = f"{_list(leaders)} are" if leaders else "none is"
         yield f"nodes: exactly one must have the role 'leader'; {found}"
+
+
+def _endpoint_problems(
+    nodes: Mapping[str, dict[str, Any]], hosts: Mapping[str, object], folder: Path
+) -> Iterator[str]:
+    by_place: dict[str, list[str]] = defaultdict(list)
+    for name, node in nodes.items():
+        host, port, socket = node.get("host"), node.get("port"), node.get("socket")
+        if port is None and socket is None:
+            yield f"nodes.{name}.port: is missing (or give a socket)"
+        elif port is not None and socket is not None:
+            yield f"nodes.{name}: give a port or a socket, not both"
+        elif isinstance(socket, str):
+            path = folder / socket
+            by_place[f"the socket {socket}"].append(name)
+            if len(os.fsencode(path)) > _SOCKET_BYTES:
+                yield f"nodes.{name}.socket: {path} is longer than {_SOCKET_BYTES} bytes"
+        elif _is_port(port) and isinstance(host, str):
+            settings = hosts.get(host)
+            address = settings.get("address") if isinstance(settings, dict) else None
+            by_place[f"port {port} of {address or '127.0.0.1'}"].append(name)
+    for place, names in by_place.items():
+        if len(names) > 1:
+            yield f"nodes: {place} is given to {_list(names)}"
 
 
 def _team_problems(nodes: Mapping[str, dict[str, Any]], teams: list[str]) -> Iterator[str]:
@@ -279,6 +317,15 @@ def _host_problems(
     for segment, names in by_segment.items():
         if len(names) > 1:
             yield f"hosts: the segment {segment!r} is given to {_list(names)}"
+
+
+def _tls_problems(tls: object, nodes: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    sockets = [name for name, node in nodes.items() if node.get("socket") is not None]
+    if isinstance(tls, dict) and sockets and tls.get("server_name") is None:
+        yield (
+            f"tls.server_name: is missing: a certificate has no name for the socket of "
+            f"{_list(sockets)}"
+        )
 
 
 def _data_problems(data: object) -> Iterator[str]:

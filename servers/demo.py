@@ -15,6 +15,7 @@ from rich.text import Text
 import shmcoord
 from servers import client, view
 from servers.config import Cluster
+from servers.links import is_taken, links_of
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.supervisor import NodeDiedError, Supervisor, unlink_segments
 
@@ -117,7 +118,9 @@ async def _ask_one_by_one(cluster: Cluster, show: _Stage) -> None:
     for title, words, settings in _QUERIES:
         with show.part(f"{title}: {words!r}" if words else title, logs=True):
             request = pb.QueryRequest(words=words.split(), **settings)  # type: ignore[arg-type]
-            report = await client.ask_many(gateway, request, timeout_s=20.0)
+            report = await client.ask_many(
+                gateway, request, timeout_s=20.0, links=links_of(cluster)
+            )
             await asyncio.sleep(0.05)  # the gateway's log lines come by another way
             if report.first is None:
                 show.failed = True
@@ -137,6 +140,7 @@ async def _ask_many(cluster: Cluster, show: _Stage) -> None:
             count=_MANY,
             concurrency=_AT_ONCE,
             timeout_s=20.0,
+            links=links_of(cluster),
         )
         await asyncio.sleep(0.05)
         view.show_report(show.console, report)
@@ -151,7 +155,7 @@ async def _ask_many(cluster: Cluster, show: _Stage) -> None:
 async def _show_status(cluster: Cluster, console: Console) -> None:
     statuses: dict[str, pb.NodeStatus | str] = {}
     for name in cluster.nodes:
-        statuses[name] = await client.node_status(cluster.endpoint(name), 5.0)
+        statuses[name] = await client.node_status(cluster.endpoint(name), 5.0, links_of(cluster))
     view.show_status(console, cluster, statuses)
 
 
@@ -159,7 +163,11 @@ async def _inspect_under_load(cluster: Cluster, console: Console) -> None:
     request = pb.QueryRequest(words=["ord"], limit=50)
     load = asyncio.create_task(
         client.ask_many(
-            cluster.endpoint(cluster.leader), request, count=100_000, concurrency=_AT_ONCE
+            cluster.endpoint(cluster.leader),
+            request,
+            count=100_000,
+            concurrency=_AT_ONCE,
+            links=links_of(cluster),
         )
     )
     try:
@@ -202,7 +210,7 @@ def _free_cluster(loader: "Loader", console: Console) -> Cluster:
     console.print(
         Text(
             "The usual ports or segments are in use; the demo runs beside them, "
-            f"from port {min(node.port for node in cluster.nodes.values())} on.",
+            f"the gateway at {cluster.endpoint(cluster.leader)}.",
             style="yellow",
         ),
         soft_wrap=True,
@@ -212,6 +220,8 @@ def _free_cluster(loader: "Loader", console: Console) -> Cluster:
 
 def _port_taken(cluster: Cluster, name: str) -> bool:
     settings = cluster.nodes[name]
+    if settings.socket is not None:
+        return is_taken(cluster.folder / settings.socket)
     address = cluster.hosts[settings.host].address
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as probe:

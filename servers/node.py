@@ -26,6 +26,7 @@ from servers.answering import NodeService, Serving
 from servers.config import Cluster
 from servers.data import Dataset
 from servers.gateway import GatewayService
+from servers.links import LinkError, links_of, listen
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from shmcoord.dispatch import AsyncDispatcher
@@ -128,15 +129,10 @@ def die_with(parent: int) -> None:
 
 def _bound_server(cluster: Cluster, name: str) -> grpc.aio.Server:
     server = grpc.aio.server(options=_SERVER_OPTIONS)
-    endpoint = cluster.endpoint(name)
     try:
-        bound = server.add_insecure_port(endpoint)
-    except RuntimeError:
-        bound = 0
-    if not bound:
-        raise NodeError(
-            f"cannot listen on {endpoint}: the port is taken, or the address is not of this host"
-        )
+        listen(server, cluster, name)
+    except LinkError as error:
+        raise NodeError(str(error)) from None
     return server
 
 
@@ -190,7 +186,12 @@ def _join(cluster: Cluster, name: str, segment: shmcoord.Segment) -> shmcoord.No
 def _gateway(stack: contextlib.AsyncExitStack, cluster: Cluster) -> GatewayService:
     router = shmcoord.Router(*cluster.segments)
     stack.callback(router.close)
-    transport = AsyncGrpcTransport(stub=pb_grpc.NodeStub, options=_PART_OPTIONS)
+    links = links_of(cluster)
+    transport = AsyncGrpcTransport(
+        stub=pb_grpc.NodeStub,
+        credentials=links.credentials,
+        options=[*_PART_OPTIONS, *links.options],
+    )
     stack.push_async_callback(transport.close)
     dispatcher = AsyncDispatcher(router, transport, adopts=True, on_decision=_log_decision)
     return GatewayService(cluster, dispatcher)

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import shmcoord
 from servers.config import Cluster
+from servers.links import links_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +51,7 @@ class Supervisor:
         self, cluster: Cluster, arguments: Sequence[str], on_line: Callable[[str, str], None]
     ) -> None:
         self._cluster = cluster
+        self._links = links_of(cluster)
         self._arguments = list(arguments)
         self._on_line = on_line
         self._processes: dict[str, asyncio.subprocess.Process] = {}
@@ -132,7 +134,7 @@ class Supervisor:
 
     async def _healthy(self, name: str) -> None:
         endpoint = self._cluster.endpoint(name)
-        async with grpc.aio.insecure_channel(endpoint, options=_PROBE_OPTIONS) as channel:
+        async with self._links.channel(endpoint, _PROBE_OPTIONS) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             serving = health_pb2.HealthCheckResponse.SERVING
             while True:

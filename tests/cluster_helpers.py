@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import grpc
 import grpc.aio
@@ -22,6 +23,7 @@ from helpers import Raw
 
 import shmcoord
 from servers import client, config
+from servers.links import links_of
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 
@@ -78,14 +80,32 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_config(
-    folder: Path, nodes: dict[str, str], *, secret: bool, grace_s: float = 8.0
+    folder: Path,
+    nodes: dict[str, str],
+    *,
+    secret: bool,
+    grace_s: float = 8.0,
+    sockets: Mapping[str, str] = MappingProxyType({}),
+    cluster: Iterable[str] = (),
+    more: Iterable[str] = (),
 ) -> Path:
-    """A cluster like the delivered one, with names and ports of its own."""
+    """A cluster like the delivered one, with names and ports of its own.
+
+    Args:
+        folder: where `write_rows` has written.
+        nodes: the team of each.
+        secret: whether nodes can be ended by a call.
+        grace_s: seconds for running requests.
+        sockets: nodes that listen on a Unix socket instead of a port.
+        cluster: further lines for [cluster].
+        more: further lines at the end.
+    """
     unique = f"{os.getpid()}_{random.randrange(1 << 32):08x}"
     hosts = {name: "host1" if name in "ABD" else "host2" for name in nodes}
     lines = [f"teams = {list(dict.fromkeys(nodes.values()))}", "[cluster]", "heartbeat_s = 0.2"]
     lines += [f"grace_s = {grace_s}", "timeout_s = 20.0"]
     lines += [f'shutdown_secret = "{SECRET}"'] * secret
+    lines += cluster
     lines += ["[data]", f'file = "{folder / "rows.csv"}"', 'nulls = ["", "NA"]']
     lines += ['group_by = "kind"', 'mean = "weight"']
     for host in dict.fromkeys(hosts.values()):
@@ -93,7 +113,9 @@ def write_config(
     for (name, team), port in zip(nodes.items(), free_ports(len(nodes)), strict=True):
         role = "leader" if name == "A" else "worker"
         lines += [f"[nodes.{name}]", f'host = "{hosts[name]}"', f'role = "{role}"']
-        lines += [f"port = {port}", f'team = "{team}"']
+        socket_ = sockets.get(name)
+        lines += [f'socket = "{socket_}"' if socket_ else f"port = {port}", f'team = "{team}"']
+    lines += more
     path = folder / f"cluster_{unique}.toml"
     path.write_text("\n".join(lines))
     return path
@@ -126,6 +148,7 @@ class Running:
         self.file = file
         self.command = ("-c", STAMPED) if stamped else ("-m", "servers")
         self.cluster = config.load(file)
+        self.links = links_of(self.cluster)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, *names: str) -> None:
@@ -141,7 +164,7 @@ class Running:
             options = [("grpc.initial_reconnect_backoff_ms", 50)]
             options += [("grpc.max_reconnect_backoff_ms", 100)]
             deadline = time.monotonic() + 40
-            with grpc.insecure_channel(self.cluster.endpoint(name), options) as channel:
+            with self._sync_channel(self.cluster.endpoint(name), options) as channel:
                 stub = health_pb2_grpc.HealthStub(channel)
                 while True:
                     assert self.processes[name].poll() is None, self.log(name).read_text()
@@ -152,6 +175,13 @@ class Running:
                         )
                         if answer.status == health_pb2.HealthCheckResponse.SERVING:
                             break
+
+    def _sync_channel(self, endpoint: str, options: list[tuple[str, object]]) -> grpc.Channel:
+        if self.links.credentials is None:
+            return grpc.insecure_channel(endpoint, options)
+        return grpc.secure_channel(
+            endpoint, self.links.credentials, [*options, *self.links.options]
+        )
 
     def log(self, name: str) -> Path:
         return self.file.with_suffix(f".{name}.log")
@@ -234,7 +264,7 @@ async def until(condition, describe=lambda: "", timeout_s: float = 10.0) -> None
 
 
 async def query(running: Running, text: str = "", **settings: object) -> client.Answer:
-    async with grpc.aio.insecure_channel(running.gateway) as channel:
+    async with running.links.channel(running.gateway) as channel:
         request = pb.QueryRequest(words=text.split(), **settings)
         return await client.ask(pb_grpc.GatewayStub(channel), request, 20.0)
 
@@ -244,7 +274,7 @@ async def held_query(
     running: Running, **settings: object
 ) -> AsyncIterator[tuple[grpc.aio.UnaryStreamCall, AsyncIterator[pb.QueryChunk]]]:
     """A query for everything whose client reads one chunk and no more: (call, the rest)."""
-    async with grpc.aio.insecure_channel(running.gateway, NOTHING_AHEAD) as channel:
+    async with running.links.channel(running.gateway, NOTHING_AHEAD) as channel:
         call = pb_grpc.GatewayStub(channel).Query(pb.QueryRequest(**settings), timeout=30)
         chunks = call.__aiter__()
         await chunks.__anext__()

@@ -81,6 +81,35 @@ def test_a_fault_is_named(check, text: str, says: str):
     assert says in check(text)
 
 
+SOCKET = ("port = 50051", 'socket = "run/B.sock"')
+
+
+def test_a_node_may_listen_on_a_socket(tmp_path: Path):
+    file = tmp_path / "cluster.toml"
+    file.write_text(change(SOCKET))
+    assert config.load(file).endpoint("B") == f"unix:{tmp_path}/run/B.sock"
+    # Beside another cluster, sockets have other names, too.
+    assert config.load(file, segment_suffix=".x").endpoint("B").endswith("/run/B.sock.x")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (change(("port = 50051", 'port = 50051\nsocket = "B"')), "nodes.B: give a port or a"),
+        (change(SOCKET, ("port = 50052", 'socket = "run/B.sock"')), "is given to B, C"),
+        (change(("port = 50051", f'socket = "{"x" * 108}"')), "longer than 107 bytes"),
+        (GOOD + '[tls]\nca = "ca.pem"\nkey = "key.pem"', "tls.certificate: is missing"),
+        (
+            change(SOCKET) + '[tls]\nca = "a"\ncertificate = "b"\nkey = "c"',
+            "tls.server_name: is missing: a certificate has no name for the socket of B",
+        ),
+        (GOOD + "[tls]\nverify = true", "tls.verify: unknown key"),
+    ],
+)
+def test_a_fault_of_a_link_is_named(check, text: str, says: str):
+    assert says in check(text)
+
+
 def test_all_faults_are_listed_at_once(check):
     found = check(
         change(
