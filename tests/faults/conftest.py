@@ -10,6 +10,8 @@ Fixtures:
     report: `report("row", kills=300, leaked=0)` prints and keeps the row's line.
     step_build: a folder for PYTHONPATH with the package built with step hooks (`_steps.pxd`).
     spawn_step: `spawn` (see tests/conftest.py), but children import the package of `step_build`.
+    changed_build: builds a copy of the package with other switches, or with something taken out.
+    preloaded: the library of native/coverage.c.
     native: the module of native/, built against the package that is being tested.
 """
 
@@ -182,6 +184,28 @@ def package_copy(kind: str, change: Callable[[Path], None] | None = None, **swit
             made.unlink()
 
     return build_once(kind, digest, make)
+
+
+@pytest.fixture(scope="session")
+def changed_build() -> Callable[..., Path]:
+    """`package_copy`, for builds with other switches or without a protection."""
+    pytest.importorskip("Cython", reason="Cython is not installed (extra `test`)")
+    pytest.importorskip("setuptools", reason="setuptools is not installed (extra `test`)")
+    return package_copy
+
+
+@pytest.fixture(scope="session")
+def preloaded() -> Path:
+    """native/coverage.c as a library, to be preloaded where a build is traced."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc, whose instrumentation is used")
+    source = HERE / "native" / "coverage.c"
+
+    def make(folder: Path) -> None:
+        command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(folder / "coverage.so"), str(source)]
+        subprocess.run(command, check=True)
+
+    return build_once("preload", _digest([source]), make) / "coverage.so"
 
 
 @pytest.fixture(scope="session")
