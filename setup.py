@@ -3,7 +3,7 @@
 Environment switches, for development:
     SHMCOORD_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
     SHMCOORD_COVERAGE=1   line tracing of Cython code
-    SHMCOORD_DEBUG=1      no optimisation, debug symbols, assertions
+    SHMCOORD_DEBUG=1      no optimisation, debug symbols
     SHMCOORD_STEPS=1      tests may end the process behind any step of the protocol (_steps.pxd)
 """
 

@@ -115,7 +115,7 @@ typedef struct {
 #define SHMC_READY 0x59444552u
 
 typedef struct {
-    uint64_t epoch;        /* moved by every claim, leave and reap: routers rebuild their tables */
+    uint64_t epoch;        /* moved when a node is claimed, leaves or is reaped: tables are stale */
     uint32_t release_word; /* futex; moved by a release when `waiters` is not 0 */
     uint32_t waiters;      /* routers' threads that wait for capacity */
     uint64_t late_releases;

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 from helpers import SHM, Child
 
 from shmcoord import Segment
+
+# A shell's background job has SIGINT ignored and hands that on: Ctrl-C is tested all the same.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -96,6 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # faces
     "cli": {"", "errors", "segment", "status"},
+    "__main__": {"cli"},
 }
 
 #: What they may import from outside the standard library; whoever is not here, nothing.

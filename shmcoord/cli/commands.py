@@ -21,6 +21,7 @@ from shmcoord.errors import ShmcoordError
 
 __all__ = ["inspect_command", "shmcoord_command"]
 
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
 _EXIT_CODES = """\b
 Exit codes:
   0  all went well
@@ -43,7 +44,7 @@ def _interval(
     raise click.BadParameter(f"{seconds:g} is not between 0.05 and 86400")
 
 
-@click.command("inspect", epilog=_EXIT_CODES)
+@click.command("inspect", epilog=_EXIT_CODES, context_settings=_CONTEXT)
 @click.argument("names", metavar="[SEGMENT]...", nargs=-1)
 @click.option(
     "--watch",
@@ -109,7 +110,7 @@ def _watch(
         return views
 
 
-@click.group("shmcoord", epilog=_EXIT_CODES)
+@click.group("shmcoord", epilog=_EXIT_CODES, context_settings=_CONTEXT)
 @_version
 def shmcoord_command() -> None:
     """Look after the shared memory in which the processes of this host share their load."""

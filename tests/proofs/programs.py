@@ -36,10 +36,10 @@ ORDERS = {
     "take_cell": ("lease.pxd", ["load_relaxed", "cas_seqcst"]),
     "is_open": ("lease.pxd", ["load_seqcst", "load_seqcst"]),
     "free_cell": ("lease.pxd", ["cas_seqcst", "add_seqcst"]),
-    "notify_release": ("liveness.pxd", ["load_seqcst", "add_seqcst"]),
-    "slot_is_alive": ("liveness.pxd", ["load_acquire"]),
-    "owner_is_dead": ("liveness.pxd", ["load_acquire"]),
-    "sweep_row": ("liveness.pyx", ["load_acquire"]),
+    "notify_release": ("cells.pxd", ["load_seqcst", "add_seqcst"]),
+    "slot_is_alive": ("cells.pxd", ["load_acquire"]),
+    "owner_is_dead": ("cells.pxd", ["load_acquire"]),
+    "sweep_row": ("cells.pyx", ["load_acquire"]),
     "set_state": ("node.pyx", ["load_relaxed", "cas_seqcst"]),
 }
 
