@@ -1,0 +1,214 @@
+"""Slots, leases, descriptors and threads run out: a typed error, and it works again afterwards."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import Raw, run
+
+from shmcoord import NoBackend, Router, Saturated, Segment, SegmentFull
+
+
+def test_slots(name, count, report):
+    rounds = count(20, 3000)
+    refused = 0
+    with Segment.open(name, slots=6, leases=4) as segment:
+        for _ in range(rounds):
+            nodes = [segment.join(f"n{i}", group="GREEN", endpoint="e") for i in range(6)]
+            for _ in range(3):
+                with pytest.raises(SegmentFull, match="6 slots"):
+                    segment.join("more", group="GREEN", endpoint="e")
+                refused += 1
+            with Router(segment) as router, pytest.raises(SegmentFull):
+                router.acquire("GREEN")
+            refused += 1
+            nodes.pop().leave()
+            with Router(segment) as router:
+                assert router.acquire("GREEN").release()
+            nodes.append(segment.join("again", group="GREEN", endpoint="e"))
+            for node in nodes:
+                node.leave()
+        assert segment.snapshot() == ()
+    report("slots exhausted", rounds=rounds, segment_full=refused, works_afterwards=rounds)
+
+
+def test_leases(name, count, report):
+    rounds = count(50, 20_000)
+    refused = 0
+    with Segment.open(name, slots=4, leases=8) as segment, Router(segment) as router:
+        nodes = [
+            segment.join(f"n{i}", group="GREEN", endpoint="e", capacity=5, interval_s=60)
+            for i in range(2)
+        ]
+        for _ in range(rounds):
+            held = [router.acquire("GREEN") for _ in range(10)]
+            assert Raw(name).taken() == 10
+            for timeout_s in (0, 0.0005):
+                with pytest.raises(Saturated):
+                    router.acquire("GREEN", timeout_s=timeout_s)
+                refused += 1
+            # What no router reserved is let in, and counted, also beyond the capacity.
+            own = [nodes[0].begin() for _ in range(6)]
+            for handle in own:
+                nodes[0].end(handle)
+            assert held.pop().release()
+            with router.acquire("GREEN"):
+                assert nodes[0].inflight + nodes[1].inflight == 10
+            for lease in held:
+                assert lease.release()
+            assert Raw(name).taken() == 0
+        for node in nodes:
+            assert node.inflight == 0
+            node.leave()
+        with pytest.raises(NoBackend):
+            router.acquire("GREEN")
+    report("leases exhausted", rounds=rounds, saturated=refused, leaked=0)
+
+
+DESCRIPTORS = """
+import resource
+rounds = int(sys.argv[2])
+used = len(os.listdir("/proc/self/fd"))
+with Segment.open(name, slots=8, leases=8) as warm:
+    with warm.join("w", group="GREEN", endpoint="e", interval_s=0.01) as node:
+        with Router(name) as router:
+            router.acquire("GREEN").release()
+        time.sleep(0.05)
+warm = node = router = None
+gc.collect()
+errors, made = {}, 0
+before = len(os.listdir("/proc/self/fd"))
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for round in range(rounds):
+    for spare in range(0, 7):
+        soft = max(map(int, os.listdir("/proc/self/fd"))) + spare
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        held = []
+        try:
+            for _ in range(8):
+                held.append(Segment.open(name))
+                held.append(Segment.attach(name))
+                node = held[0].join("B", group="GREEN", endpoint="e", interval_s=0.005)
+                held.append(node)
+                router = Router(name)
+                held.append(router)
+                router.acquire("GREEN").release()
+                node.leave()
+        except (ShmcoordError, OSError) as error:
+            word = f"{type(error).__name__} {getattr(error, 'errno', '')}".strip()
+            errors[word] = errors.get(word, 0) + 1
+        else:
+            raise AssertionError("there was no end of descriptors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            for one in reversed(held):
+                one.leave() if isinstance(one, Node) else one.close()
+            held.clear()
+            node = router = one = None
+            gc.collect()
+        # Works again.
+        with Segment.open(name) as segment, segment.join("B", group="GREEN", endpoint="e") as node:
+            with Router(segment) as router:
+                router.acquire("GREEN").release()
+        segment = node = router = None
+        made += 1
+        gc.collect()
+        now = len(os.listdir("/proc/self/fd"))
+        names = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")[:-1]]
+        assert now == before, (before, now, names, spare)
+segment = Segment.open(name)
+assert segment.reap() == 0 and segment.snapshot() == ()
+say(json.dumps([made, errors]))
+"""
+
+
+def test_descriptors(name, count, report):
+    """RLIMIT_NOFILE at every distance: EMFILE as it is, nothing half-made, none leaked."""
+    made, errors = json.loads(run(DESCRIPTORS, name, count(2, 300), timeout_s=1800))
+    assert set(errors) == {"OSError 24"}, errors
+    report("descriptors exhausted", refused=sum(errors.values()), works_afterwards=made, leaked=0)
+
+
+THREADS = """
+import resource
+rounds = int(sys.argv[2])
+with Segment.open(name) as warm:  # so that all that is imported late is there
+    with warm.join("w", group="w", endpoint="e", capacity=1), Router(name) as router:
+        with router.acquire("w"), contextlib.suppress(Saturated):
+            router.acquire("w", timeout_s=0.01)
+Segment.unlink(name)
+if os.geteuid() == 0:  # the limit does not hold for root
+    os.setgid(54321)
+    os.setuid(54321)
+segment = Segment.open(name, slots=8, leases=2)
+errors, made = {}, 0
+hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+
+def attempt(round):
+    "In a child, whose threads have not started: each of them is refused, then all work."
+    mine = Segment.open(name)
+    refused = []
+    def refuse(what, action):
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+        try:
+            action()
+        except (ShmcoordError, RuntimeError) as error:
+            refused.append(f"{what}: {type(error).__name__}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+    join = lambda: mine.join("B", group="GREEN", endpoint="e", interval_s=0.02, capacity=2)
+    refuse("join", join)
+    assert mine.snapshot() == (), "a half-joined node stays"
+    node = join()
+    with Router(mine) as router:
+        held = [router.acquire("GREEN") for _ in range(2)]
+        refuse("wait", lambda: router.acquire("GREEN", timeout_s=0.5))
+        threading.Timer(0.02, held[0].release).start()
+        router.acquire("GREEN", timeout_s=5).release()
+        held[1].release()
+    time.sleep(0.1)
+    assert mine.status("B").health == Health.ALIVE
+    node.leave()
+    os.write(into, (json.dumps(refused) + "\\n").encode())
+
+out, into = os.pipe()
+lines = []
+with open(out) as file:
+    for round in range(rounds):
+        pid = forked(lambda: attempt(round))
+        assert os.waitpid(pid, 0)[1] == 0
+        for word in json.loads(file.readline()):
+            errors[word] = errors.get(word, 0) + 1
+        made += 1
+assert segment.reap() == 0 and segment.snapshot() == ()
+segment.close()
+Segment.unlink(name)
+say(json.dumps([made, errors]))
+"""
+
+
+def test_threads(name, count, report):
+    """RLIMIT_NPROC: neither the beat thread nor the waiting thread can start."""
+    made, errors = json.loads(run(THREADS, name, count(3, 300), timeout_s=1800))
+    assert errors == {"join: ShmcoordError": made, "wait: RuntimeError": made}, errors
+    report("threads exhausted", refused=sum(errors.values()), works_afterwards=made)
+
+
+def test_the_limits_are_felt(report):
+    """The control: without anybody's care the limits do refuse here."""
+    said = run(
+        """
+import resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+try:
+    while True:
+        os.dup(0)
+except OSError as error:
+    say(error.errno)
+""",
+        "-",
+    )
+    assert said == "24\n"
+    report("limits, control", "EMFILE")
