@@ -258,3 +258,8 @@ def move_load(Node node not None, uint64_t times, bint atomically):
             else:
                 word = load_relaxed_u64(&node.hot.load)
                 store_relaxed_u64(&node.hot.load, word + 1 if i & 1 == 0 else word - 1)
+
+
+def place(Backend backend not None):
+    """Slot and generation of a node: what its leases' tokens name it by."""
+    return backend.info.slot, backend.info.generation
