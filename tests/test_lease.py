@@ -641,7 +641,7 @@ kills = 0
 running = {}
 serial = 0
 end = time.monotonic() + 2.5
-while time.monotonic() < end:
+while time.monotonic() < end or kills <= 50:  # slow builds take longer
     while len(running) < 6:
         serial += 1
         work = route if serial % 3 else (lambda index=serial: serve(index))

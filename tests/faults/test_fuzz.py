@@ -87,7 +87,7 @@ def with_sanitizers() -> str:
 
 
 def test_random_bytes_while_in_use(name, instrumented, preloaded, count, report):
-    cases = count(4000, 100_000)
+    cases = count(20_000 if SANITIZED else 4000, 100_000)
     done, ran, places, errors = fuzz(instrumented(), preloaded, name, "random", 3000, cases)
     assert done.returncode == 0, done.stderr[-6000:]
     assert ran == cases
