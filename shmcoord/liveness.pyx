@@ -180,7 +180,10 @@ cdef Participant claim(Mapping mapping, uint32_t kind, shmc_meta* meta, str name
                         raise
                 finally:
                     ofd_lock(m.fd, SHMC_LOCK_MEMBERSHIP, F_UNLCK)
-                return self
+        if err == 0:
+            # Python code, in which a signal handler may run and join: not with a lock held.
+            _participants.add(self)
+            return self
         if err not in (EAGAIN, EACCES):
             raise OSError(err, os.strerror(err), f"{mapping.name}: membership lock")
         if time.monotonic() > deadline:
@@ -299,7 +302,6 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
             f"{why_not_held()}"
         )
     self.left = False
-    _participants.add(self)
     or_seqcst_u64(&m.bitmap[slot >> 6], <uint64_t>1 << (slot & 63))
     step(b"claim.bitmap")
     _move_epoch(m, slot)

@@ -44,7 +44,7 @@ class _Sampler:
         self._process.cpu_percent()
         self._sampled_at = float("-inf")
         self._last = (0, 0.0)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may sample inside of a sample
 
     def sample(self) -> tuple[int, float]:
         """Resident memory in bytes, and CPU in percent of one core since the sample before."""

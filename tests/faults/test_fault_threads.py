@@ -143,6 +143,7 @@ def handle(number, frame):
         with router.acquire("G") as lease, node.adopt(lease.token):
             node.waiting = counts["handled"] & 7
     node.begin().end()
+    node.refresh()
 
 class Value:
     "Converting it takes long enough for a signal, or raises one."
@@ -185,3 +186,37 @@ def test_publishing_one_after_the_other_is_found(name, report):
     said = json.loads(run(HANDLER, name, 500, "apart"))
     report("signal handler inside a publish, control", **said)
     assert said["mixed"] > 0
+
+
+JOINS = """
+wanted = int(sys.argv[2])
+segment = Segment.open(name, slots=8, leases=4)
+counts = {"handled": 0, "joined": 0}
+handling = False
+
+def handle(number, frame):
+    global handling
+    if not handling:
+        handling = True
+        counts["handled"] += 1
+        segment.join("H", group="G", endpoint="e", interval_s=3600).leave()
+        with Router(segment) as router, router.acquire("G"):
+            pass
+        handling = False
+
+stays = segment.join("S", group="G", endpoint="e", interval_s=3600)
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+while counts["handled"] < wanted:
+    segment.join("B", group="G", endpoint="e", interval_s=3600).leave()
+    counts["joined"] += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+say(json.dumps({**counts, "left": len(segment.snapshot())}))
+"""
+
+
+def test_a_signal_handler_that_joins_inside_a_join(name, count, report):
+    """A lock that is held while Python code runs would be waited for by the handler, for ever."""
+    said = json.loads(run(JOINS, name, count(500, 20_000), timeout_s=600))
+    report("signal handler that joins inside a join", deadlocks=0, **said)
+    assert said["left"] == 1
