@@ -52,7 +52,7 @@ def node(words):
     return answer
 
 def router(words):
-    router = Router(name)
+    router = Router(name, seed=1)  # the same course each time: Hypothesis repeats what it drew
     leases = {}
     def answer(words):
         what = words[0]
