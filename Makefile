@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard shmcoord/*.pyx shmcoord/*.pxd shmcoord/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test faults test-all lint format bench proto clean
+.PHONY: help build demo test faults sanitize test-all lint format bench proto clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test: $(VENV)/.dev  ## run the whole test suite
 
 faults: $(VENV)/.dev  ## the fault harness and the proofs at full counts (about an hour)
 	SHMCOORD_FAULTS=full $(BIN)/python -m pytest -s --timeout=3600 tests/faults tests/proofs
+
+sanitize: $(VENV)/.dev  ## the core's tests and the fuzzers under AddressSanitizer and UBSan
+	$(BIN)/python tests/sanitize.py
 
 test-all: $(VENV)/.dev  ## repeat the tests on every CPython from 3.10 on that is found
 	$(BIN)/python -m nox
