@@ -192,7 +192,7 @@ def batch(name, spawn, folder, kills, mode):
 
 
 def test_routers_and_nodes_killed_at_random(new_name, spawn_native, tmp_path, count, report):
-    total, done, seen, most = count(250, 10_000), 0, Counter(), 0
+    total, done, seen, most = count(150, 10_000), 0, Counter(), 0
     while done < total:
         kills = min(BATCH, total - done)
         result = batch(new_name(), spawn_native, tmp_path / "load", kills, "library")
@@ -222,10 +222,10 @@ def test_routers_and_nodes_killed_at_random(new_name, spawn_native, tmp_path, co
 
 def test_counting_instead_of_owning_is_found(new_name, spawn_native, tmp_path, report):
     """The control: a plain count is above the capacity and leaks."""
-    result = batch(new_name(), spawn_native, tmp_path / "load", 60, "count")
+    result = batch(new_name(), spawn_native, tmp_path / "load", 30, "count")
     report(
         "SIGKILL of routers at random, control by counting",
-        kills=60,
+        kills=30,
         most_at_once=f"{result['most']} of {CAPACITY}",
         leaked_leases=result["held"] - 1,
     )

@@ -127,7 +127,7 @@ def kill_writers(name, spawn, kind, kills):
 
 
 def test_writers_killed_inside_a_write(name, spawn_native, native, count, report):
-    kills = count(300, 10_000)
+    kills = count(200, 10_000)
     seen = kill_writers(name, spawn_native, native.LATCH, kills)
     report("SIGKILL inside a record write", **seen)
     assert seen["whole"] == seen["last_commit"] == seen["kills"] == kills
