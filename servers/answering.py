@@ -20,11 +20,14 @@ from servers.load import OwnLoad
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from servers.searching import RunningSearch
-from servers.sending import absence_cancels
+from servers.sending import Refusal, Writer, absence_cancels, in_time, time_limit_s
 from shmcoord.errors import LeaseLost, Saturated, ShmcoordError
 from shmcoord.transport.grpc import lease_token, refuse_lost_lease_async
 
 log = logging.getLogger("servers.node")
+
+# Requests that come without a lease are taken until a node has so many times its capacity.
+_UNLEASED = 4
 
 AnswerContext = grpc.aio.ServicerContext[pb.PartRequest, pb.PartChunk]
 StatusContext = grpc.aio.ServicerContext[pb.GetStatusRequest, pb.NodeStatus]
@@ -64,6 +67,7 @@ class NodeService(pb_grpc.NodeServicer):
         self._name = name
         self._team = cluster.nodes[name].team
         self._stop = stop
+        self._most = _UNLEASED * cluster.capacity(name)
         self.load = OwnLoad()
         self.serving: Serving | None = None
         self.draining = False
@@ -73,9 +77,15 @@ class NodeService(pb_grpc.NodeServicer):
     ) -> None:
         """Streams this node's rows for a part, then the part's summary."""
         with absence_cancels():
-            await self._adopt_and_answer(request, context)
+            writer = Writer(context)
+            try:
+                await self._adopt_and_answer(request, context, writer)
+            except Refusal as refusal:
+                await writer.refuse(refusal)
 
-    async def _adopt_and_answer(self, request: pb.PartRequest, context: AnswerContext) -> None:
+    async def _adopt_and_answer(
+        self, request: pb.PartRequest, context: AnswerContext, writer: Writer[pb.PartChunk]
+    ) -> None:
         if self.serving is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self._name} is still starting")
         if len(request.words) > MAX_WORDS:
@@ -83,7 +93,9 @@ class NodeService(pb_grpc.NodeServicer):
                 grpc.StatusCode.INVALID_ARGUMENT, f"more than {MAX_WORDS} words in a query"
             )
         with await self._accepted(self.serving.participant, context), self.load.request():
-            await self._answer(self.serving, request, context)
+            # The gateway always sets a deadline, at which gRPC ends the request; others may not.
+            limit_s = time_limit_s(context, self._cluster.cluster.timeout_s)
+            await in_time(self._answer(self.serving, request, writer), limit_s)
 
     async def _accepted(
         self, participant: Participant, context: AnswerContext
@@ -92,6 +104,11 @@ class NodeService(pb_grpc.NodeServicer):
         token = lease_token(context)
         if token is None and self.draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self._name} is draining")
+        if token is None and self.load.inflight >= self._most:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._name} has {self.load.inflight} requests, and takes none without a lease",
+            )
         try:
             return participant.request() if token is None else participant.adopt(token)
         except LeaseLost:
@@ -105,7 +122,7 @@ class NodeService(pb_grpc.NodeServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
     async def _answer(
-        self, serving: Serving, request: pb.PartRequest, context: AnswerContext
+        self, serving: Serving, request: pb.PartRequest, writer: Writer[pb.PartChunk]
     ) -> None:
         begun = time.monotonic()
         try:
@@ -114,11 +131,12 @@ class NodeService(pb_grpc.NodeServicer):
             )
             async with RunningSearch(search, serving.pool) as running:
                 while (table := await running.next_batch()) is not None:
-                    await context.write(pb.PartChunk(node=self._name, table=table))
+                    await writer.write(pb.PartChunk(node=self._name, table=table))
         except DataError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
         except SearchInterruptedError:
-            await context.abort(grpc.StatusCode.CANCELLED, "the search was interrupted")
+            text = "the search was interrupted"
+            raise Refusal(grpc.StatusCode.CANCELLED, text) from None
         summary = pb.PartSummary(
             team=self._team,
             node=self._name,
@@ -126,7 +144,7 @@ class NodeService(pb_grpc.NodeServicer):
             sent=search.sent,
             seconds=time.monotonic() - begun,
         )
-        await context.write(pb.PartChunk(node=self._name, summary=summary))
+        await writer.write(pb.PartChunk(node=self._name, summary=summary))
 
     async def GetStatus(  # noqa: N802
         self, request: pb.GetStatusRequest, context: StatusContext

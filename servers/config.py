@@ -54,6 +54,7 @@ class ClusterSettings(_Strict):
     capacity: Leases = 4
     grace_s: Seconds = 5.0
     timeout_s: Seconds = 30.0
+    max_queries: Annotated[int, Field(ge=1, le=100_000)] = 256
     shutdown_secret: Annotated[str, Field(min_length=16)] | None = None
 
 

@@ -6,9 +6,10 @@ the parts on every node, and with them the leases that they hold.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -17,7 +18,7 @@ from servers.config import Cluster
 from servers.merging import SourceError, merged
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
-from servers.sending import absence_cancels
+from servers.sending import Refusal, Writer, absence_cancels, in_time, time_limit_s
 from servers.table import Row, Value, head, to_rows, to_tables
 from shmcoord.errors import NoBackend, Saturated, ShmcoordError
 
@@ -51,25 +52,44 @@ class GatewayService(pb_grpc.GatewayServicer):
     def __init__(self, cluster: Cluster, parts: PartSource) -> None:
         self._cluster = cluster
         self._parts = parts
-        self.running = 0
+        self._running: set[asyncio.Future[None]] = set()
         self.draining = False
+
+    @property
+    def running(self) -> int:
+        """Queries that are being answered."""
+        return len(self._running)
+
+    def stop(self) -> None:
+        """Ends what still runs; its clients are told UNAVAILABLE."""
+        for work in self._running:
+            work.cancel()
 
     async def Query(  # noqa: N802
         self, request: pb.QueryRequest, context: Context
     ) -> None:
         """Streams the rows of the teams asked, or the merged aggregate, and a summary."""
         with absence_cancels():
-            if self.draining:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the gateway is draining")
-            self.running += 1
+            writer = Writer(context)
             try:
-                await self._query(request, context)
-            finally:
-                self.running -= 1
+                if self.draining:
+                    raise Refusal(grpc.StatusCode.UNAVAILABLE, "the gateway is draining")
+                if self.running >= self._cluster.cluster.max_queries:
+                    raise Refusal(
+                        grpc.StatusCode.RESOURCE_EXHAUSTED,
+                        f"the gateway runs {self.running} queries, and takes no more at once",
+                    )
+                # The parts have less time than that: who is late is told by them.
+                limit_s = time_limit_s(context, self._cluster.cluster.timeout_s) + _ANSWER_MAX_S
+                await in_time(self._query(request, context, writer), limit_s, self._running)
+            except Refusal as refusal:
+                await writer.refuse(refusal)
 
-    async def _query(self, request: pb.QueryRequest, context: Context) -> None:
+    async def _query(
+        self, request: pb.QueryRequest, context: Context, writer: Writer[pb.QueryChunk]
+    ) -> None:
         begun = time.monotonic()
-        teams = await self._checked_teams(request, context)
+        teams = self._checked_teams(request)
         answer = _Answer(self._cluster, request, teams)
         part = pb.PartRequest(words=request.words, limit=request.limit, aggregate=request.aggregate)
         timeout_s = self._timeout_s(context)
@@ -80,40 +100,40 @@ class GatewayService(pb_grpc.GatewayServicer):
             async with merged(sources) as chunks:
                 async for team, chunk in chunks:
                     for ready in answer.take(team, chunk):
-                        await context.write(ready)
+                        await writer.write(ready)
         except SourceError as failed:
-            await self._abort(context, failed)
+            raise self._refusal(failed) from failed
         for ready in answer.finish(time.monotonic() - begun):
-            await context.write(ready)
+            await writer.write(ready)
 
-    async def _checked_teams(self, request: pb.QueryRequest, context: Context) -> list[str]:
+    def _checked_teams(self, request: pb.QueryRequest) -> list[str]:
         unknown = [team for team in request.teams if team not in self._cluster.teams]
         if unknown:
-            await context.abort(
+            raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"no team {', '.join(unknown)}; teams are {', '.join(self._cluster.teams)}",
             )
         if len(request.words) > MAX_WORDS:
-            await context.abort(
+            raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT, f"more than {MAX_WORDS} words in a query"
             )
         if request.aggregate and self._cluster.data.group_by is None:
-            await context.abort(
+            raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "no aggregate is configured (data.group_by and data.mean)",
             )
         return [team for team in self._cluster.teams if not request.teams or team in request.teams]
 
     def _timeout_s(self, context: Context) -> float:
-        remaining: float | None = context.time_remaining()
-        if remaining is None or remaining == float("inf"):
+        limit_s = time_limit_s(context, math.inf)
+        if limit_s == math.inf:
             return self._cluster.cluster.timeout_s
-        return max(remaining - min(remaining * _ANSWER_SHARE, _ANSWER_MAX_S), 0.001)
+        return max(limit_s - min(limit_s * _ANSWER_SHARE, _ANSWER_MAX_S), 0.001)
 
-    async def _abort(self, context: Context, failed: SourceError) -> NoReturn:
+    def _refusal(self, failed: SourceError) -> Refusal:
         code, details = _as_status(failed.__cause__)
         log.warning("Part of team %s failed: %s: %s", failed.key, code.name, details)
-        await context.abort(code, f"team {failed.key}: {details}")
+        return Refusal(code, f"team {failed.key}: {details}")
 
 
 class _Answer:

@@ -29,6 +29,7 @@ from servers.gateway import GatewayService
 from servers.links import LinkError, links_of, listen
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
+from servers.sending import LONGEST_S
 from shmcoord.dispatch import AsyncDispatcher
 from shmcoord.transport.grpc import AsyncGrpcTransport
 
@@ -37,8 +38,20 @@ log = logging.getLogger("servers.node")
 NODE_SERVICE = pb.DESCRIPTOR.services_by_name["Node"].full_name
 GATEWAY_SERVICE = pb.DESCRIPTOR.services_by_name["Gateway"].full_name
 
-# Otherwise gRPC shares a taken port silently.
-_SERVER_OPTIONS = [("grpc.so_reuseport", 0)]
+_SERVER_OPTIONS = [
+    # Otherwise gRPC shares a taken port silently.
+    ("grpc.so_reuseport", 0),
+    # Requests are a few words, and one client has only so many of them at once.
+    ("grpc.max_receive_message_length", 1 << 18),
+    ("grpc.max_concurrent_streams", 128),
+    # Who vanished without a word is noticed; whoever does not read has its connection closed.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", round(LONGEST_S * 1000)),
+]
+# Calls at once, beside the queries: health, status, parts, and clients that do not read the end.
+_OTHER_CALLS = 256
 # A part whose client is slow is held back at its node, and not gathered in the gateway: without
 # these, gRPC lets many megabytes come in advance.
 _PART_OPTIONS = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 18)]
@@ -112,6 +125,8 @@ async def run(cluster: Cluster, name: str) -> None:
         node.drain()
         await probes.enter_graceful_shutdown()
         await _finish(cluster, service, gateway, node, stop)
+        if gateway is not None:
+            gateway.stop()
         await server.stop(_LAST_CALLS_S)
         # Requests that were cancelled give back what they held once their searches have ended.
         await _while(lambda: service.load.inflight > 0, _LAST_SEARCHES_S, asyncio.Event())
@@ -128,7 +143,9 @@ def die_with(parent: int) -> None:
 
 
 def _bound_server(cluster: Cluster, name: str) -> grpc.aio.Server:
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    server = grpc.aio.server(
+        options=_SERVER_OPTIONS, maximum_concurrent_rpcs=cluster.cluster.max_queries + _OTHER_CALLS
+    )
     try:
         listen(server, cluster, name)
     except LinkError as error:

@@ -85,6 +85,7 @@ def write_config(
     *,
     secret: bool,
     grace_s: float = 8.0,
+    timeout_s: float = 20.0,
     sockets: Mapping[str, str] = MappingProxyType({}),
     cluster: Iterable[str] = (),
     more: Iterable[str] = (),
@@ -96,6 +97,7 @@ def write_config(
         nodes: the team of each.
         secret: whether nodes can be ended by a call.
         grace_s: seconds for running requests.
+        timeout_s: seconds for queries whose client sets no deadline.
         sockets: nodes that listen on a Unix socket instead of a port.
         cluster: further lines for [cluster].
         more: further lines at the end.
@@ -103,7 +105,7 @@ def write_config(
     unique = f"{os.getpid()}_{random.randrange(1 << 32):08x}"
     hosts = {name: "host1" if name in "ABD" else "host2" for name in nodes}
     lines = [f"teams = {list(dict.fromkeys(nodes.values()))}", "[cluster]", "heartbeat_s = 0.2"]
-    lines += [f"grace_s = {grace_s}", "timeout_s = 20.0"]
+    lines += [f"grace_s = {grace_s}", f"timeout_s = {timeout_s}"]
     lines += [f'shutdown_secret = "{SECRET}"'] * secret
     lines += cluster
     lines += ["[data]", f'file = "{folder / "rows.csv"}"', 'nulls = ["", "NA"]']
