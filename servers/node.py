@@ -44,6 +44,11 @@ _SERVER_OPTIONS = [
     # Requests are a few words, and one client has only so many of them at once.
     ("grpc.max_receive_message_length", 1 << 18),
     ("grpc.max_concurrent_streams", 128),
+    # Requests that gRPC keeps until we refuse them with a status: each takes about 15 kB. What is
+    # beyond, or older, it ends as CANCELLED.
+    ("grpc.server.max_pending_requests", 1 << 14),
+    ("grpc.server.max_pending_requests_hard_limit", 1 << 14),
+    ("grpc.server_max_unrequested_time_in_server", round(LONGEST_S)),  # in seconds
     # Who vanished without a word is noticed; whoever does not read has its connection closed.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

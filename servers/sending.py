@@ -69,6 +69,7 @@ async def in_time(
         Refusal: DEADLINE_EXCEEDED, or UNAVAILABLE if it was stopped.
     """
     task = asyncio.ensure_future(work)
+    task.add_done_callback(_looked_at)
     running = set() if running is None else running
     running.add(task)
     late = False
@@ -113,7 +114,7 @@ class Writer(Generic[T]):
         await self._context.abort(refusal.code, refusal.details)
 
 
-def _looked_at(writing: "asyncio.Future[None]") -> None:
-    """Its error is nobody's concern if nobody waits for the write any more."""
-    if not writing.cancelled():
-        writing.exception()
+def _looked_at(work: "asyncio.Future[None]") -> None:
+    """Its error is nobody's concern if nobody waits for it any more."""
+    if not work.cancelled():
+        work.exception()
