@@ -491,8 +491,12 @@ def test_a_segment_that_was_made_anew_is_found(name, mode):
 def test_eight_threads_on_one_router(name, segment, join):
     nodes = [join(f"n{i}", capacity=3, interval_s=0.02) for i in range(3)]
     by_name = {node.name: node for node in nodes}
-    failures, counts = [], Counter()
+    failures, counts, counting = [], Counter(), threading.Lock()
     with Router(segment) as router:
+
+        def count(what):
+            with counting:
+                counts[what] += 1
 
         def work(index):
             try:
@@ -501,15 +505,15 @@ def test_eight_threads_on_one_router(name, segment, join):
                     try:
                         lease = router.acquire("GREEN", timeout_s=timeout_s, explain=turn % 7 == 0)
                     except Saturated:
-                        counts["full"] += 1
+                        count("full")
                         continue
                     if turn % 3 == 0:
                         with by_name[lease.node].adopt(lease.token):
-                            counts["adopted"] += 1
+                            count("adopted")
                         assert lease.release() is False
                     else:
                         assert lease.release() is True
-                    counts["leases"] += 1
+                    count("leases")
                     router.pick("GREEN")
             except BaseException as error:  # noqa: BLE001 - told below
                 failures.append(error)

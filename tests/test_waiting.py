@@ -46,21 +46,27 @@ def settled(name):
 
 @pytest.mark.parametrize("timeout_s", [0.0, 0.001, 0.05, 0.3])
 def test_the_time_out_is_kept(name, node, router, timeout_s):
+    took = []
     with router.acquire("GREEN"):
-        began = time.monotonic()
-        with pytest.raises(Saturated):
-            router.acquire("GREEN", timeout_s=timeout_s)
-        assert timeout_s <= time.monotonic() - began < timeout_s + 0.1
+        for _ in range(5):  # a busy machine may be late, but not each time
+            began = time.monotonic()
+            with pytest.raises(Saturated):
+                router.acquire("GREEN", timeout_s=timeout_s)
+            took.append(time.monotonic() - began)
+    assert timeout_s <= min(took) < timeout_s + 0.1
     settled(name)
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, 0.001, 0.05, 0.3])
 async def test_the_time_out_is_kept_on_a_loop(name, node, router, timeout_s):
+    took = []
     with router.acquire("GREEN"):
-        began = time.monotonic()
-        with pytest.raises(Saturated):
-            await router.acquire_async("GREEN", timeout_s=timeout_s)
-        assert timeout_s <= time.monotonic() - began < timeout_s + 0.1
+        for _ in range(5):  # a busy machine may be late, but not each time
+            began = time.monotonic()
+            with pytest.raises(Saturated):
+                await router.acquire_async("GREEN", timeout_s=timeout_s)
+            took.append(time.monotonic() - began)
+    assert timeout_s <= min(took) < timeout_s + 0.1
     settled(name)
 
 
