@@ -144,4 +144,5 @@ def test_a_core_without_a_bound_is_found(name, instrumented, preloaded, report):
     """The control: the core itself, less one bound."""
     done, *_ = fuzz(instrumented(believe_counts), preloaded, name, "random", 600, 10**6)
     assert done.returncode != 0, "the control was not found"
+    assert "AddressSanitizer" in done.stderr or "runtime error" in done.stderr, done.stderr[-3000:]
     report("fuzzing, control: the core less one bound", f"found with {with_sanitizers()}")
