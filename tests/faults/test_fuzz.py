@@ -5,8 +5,8 @@ mapping (native/coverage.c). At full counts that build also has AddressSanitizer
 
 The guided engine is the one in fuzzing.py: it keeps the inputs that take a pair of basic blocks, or
 a number of times through one, that none took before, as seen by gcc's trace-pc. atheris (libFuzzer)
-over the same counters made a tenth of the cases per second, reached fewer pairs in the same time
-and did not find the control in a minute.
+over the same counters was tried, one run each: in 5 s 500 to 1,600 cases where this one made 4,000
+to 4,900, fewer pairs reached, and the control not found in a minute.
 """
 
 from __future__ import annotations
