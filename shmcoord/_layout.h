@@ -1,4 +1,4 @@
-/* Every byte of a segment. Layout 1.0.
+/* Every byte of a segment. Layout 1.1.
  *
  * A change here changes SHMC_LAYOUT_MAJOR or _MINOR, the map below, the assertions and
  * docs/layout.md in the same commit.
@@ -8,7 +8,8 @@
  *   256               sync line     (128 B)   everybody (atomics)           everybody
  *   384               bitmap        (512 B)   claimers and reapers          everybody
  *   4096              hot[slots]    (128 B)   owner; routers: load, cells   everybody
- *   .. record_offset  record[slots] (640 B)   the slot's owner              everybody
+ *   .. record_offset  record[slots] (640 B)   the slot's owner: a node's    everybody
+ *                                             status, a router's decisions
  *   .. lease_offset   lease[slots][leases]    CAS by whoever may (below)    everybody
  *   .. meta_offset    meta[slots]   (1024 B)  the claimer, once per claim   everybody
  *
@@ -37,6 +38,14 @@
  *   the same cell (ABA). Ten bits of the generation are enough beside it: no cell of a former owner
  *   outlives the next claim of its slot.
  *
+ * Turns (hot.turn of a router): who waits for capacity, in which order
+ *
+ *   A router whose callers wait publishes, per group, the ticket of its oldest one (sync.tickets
+ *   counts them) and the hash of the group's name. Whoever frees a cell looks for the oldest ticket
+ *   of the node's group, sets hot.wake of that router from 0 to 1 and wakes it; a router that was
+ *   told (wake is 1) and has not run yet is passed over. The router stores 0 before it looks at the
+ *   cells. Group hash 0 stands for every group.
+ *
  * Death word (hot.death), one u32, a robust futex (see set_robust_list(2)):
  *
  *   0 nobody | thread id of the owner's beat thread: alive | FUTEX_OWNER_DIED set by the kernel: dead
@@ -52,7 +61,7 @@
 
 #define SHMC_MAGIC 0x44524f4f434d4853ull /* "SHMCOORD" in little-endian memory */
 #define SHMC_LAYOUT_MAJOR 1
-#define SHMC_LAYOUT_MINOR 0
+#define SHMC_LAYOUT_MINOR 1
 
 #define SHMC_SLOTS_MAX 4096u  /* owner slot has 12 bits in a lease cell */
 #define SHMC_LEASES_MAX 1024u /* cells per slot */
@@ -116,11 +125,20 @@ typedef struct {
 
 typedef struct {
     uint64_t epoch;        /* moved when a node is claimed, leaves or is reaped: tables are stale */
-    uint32_t release_word; /* futex; moved by a release when `waiters` is not 0 */
-    uint32_t waiters;      /* routers' threads that wait for capacity */
+    uint32_t reserved0;
+    uint32_t waiters;      /* routers that wait for capacity */
     uint64_t late_releases;
-    uint8_t reserved[104];
+    uint64_t tickets;      /* +1 per caller who begins to wait */
+    uint64_t retry_debt;   /* thousandths of a retry that the routers have not earned yet; CAS */
+    uint8_t reserved[88];
 } shmc_sync;
+
+/* One group that a router's callers wait for: written by the router, read by whoever frees. */
+typedef struct {
+    uint64_t ticket; /* of its oldest waiting caller; 0: nobody waits */
+    uint64_t group;  /* shmc_hash of the group's name; 0: any group */
+} shmc_turn;
+#define SHMC_TURNS 2u
 
 typedef struct {
     uint64_t load;        /* see above; owner and routers, CAS */
@@ -133,7 +151,13 @@ typedef struct {
     uint32_t waiting_now; /* a router's threads counted in sync.waiters; the reaper takes them off */
     uint64_t robust_next; /* the owner's, for its kernel */
     uint64_t refused;     /* adopts refused by this node (LeaseLost) */
-    uint8_t reserved[64];
+    uint32_t latency_us;  /* node's owner only: smoothed latency, for policies; 0: unknown */
+    uint32_t failures;    /* node's owner only: requests that failed since the last that did not */
+    uint32_t wake;        /* futex; a router's, see the turns above */
+    uint32_t reserved0;
+    uint64_t group;       /* claimer: shmc_hash of the node's group */
+    shmc_turn turn[SHMC_TURNS]; /* a router's */
+    uint64_t reserved1;
 } shmc_hot;
 
 /* From a link to its futex word, as set_robust_list(2) wants it. */
@@ -161,6 +185,35 @@ typedef struct {
     uint64_t reserved_tail[8];
 } shmc_record;
 
+/* The record of a router: its last decisions, a ring. One writer, the router.
+ *
+ * An entry is written with `number` 0, then the other words, then its number with release order;
+ * a reader takes it if `number` is not 0 and the same before and after. */
+#define SHMC_DECISIONS 16u
+typedef struct {
+    uint64_t number;  /* 1, 2, ...; entry (number - 1) % SHMC_DECISIONS */
+    uint64_t time_ns; /* the router's CLOCK_MONOTONIC_COARSE */
+    uint64_t group;   /* shmc_hash of the group's name */
+    uint64_t what;    /* see below */
+} shmc_decision;
+typedef struct {
+    uint64_t seq; /* of the latch that a node has here: not touched, since it never goes back */
+    uint64_t reserved[7];
+    shmc_decision entry[SHMC_DECISIONS];
+    uint64_t reserved_tail[8];
+} shmc_decisions;
+/* shmc_decision.what:
+ *
+ *    63      61 60    49 48        40 39         20 19         0
+ *   | outcome  | slot   | waited     | queue      | candidates |
+ *
+ *   outcome: SHMC_DECIDED_*; slot of the node that was taken; waited: log2 of the microseconds
+ *   since the caller asked, times 16 (0: not at all); queue of the node before; candidates of the
+ *   group. */
+#define SHMC_DECIDED_LEASE 1u
+#define SHMC_DECIDED_SATURATED 2u
+#define SHMC_DECIDED_NOBODY 3u
+
 typedef struct {
     char name[SHMC_NAME_BYTES]; /* UTF-8, padded with NUL */
     char group[SHMC_NAME_BYTES];
@@ -173,10 +226,26 @@ typedef struct {
     double weight;
     uint32_t capacity; /* cells that routers may use, 1 .. leases */
     uint32_t gauge_count;
-    uint64_t reserved[2];
+    uint64_t slow_start_ns; /* routers give it its full share this long after it joined */
+    uint64_t reserved;
     char gauge_names[SHMC_GAUGES_MAX][SHMC_GAUGE_NAME_BYTES];
     uint8_t reserved_tail[64];
 } shmc_meta;
+
+/* Hash of a name for turns, decisions and affinity: FNV-1a, then the finisher of SplitMix64 so that
+ * every bit depends on every byte. The same in all processes; never 0. */
+static inline uint64_t shmc_mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+static inline uint64_t shmc_hash(const char *bytes, size_t length) {
+    uint64_t h = 0xcbf29ce484222325ull;
+    for (size_t i = 0; i < length; i++)
+        h = (h ^ (uint8_t)bytes[i]) * 0x100000001b3ull;
+    h = shmc_mix(h);
+    return h ? h : 1;
+}
 
 /* One number that differs when any struct differs in size: a second check beside the version. */
 #define SHMC_SIGNATURE                                                                            \
@@ -207,8 +276,9 @@ _Static_assert(offsetof(shmc_header, mode) == 120, "mode");
 _Static_assert(offsetof(shmc_header, ready) == 124, "ready");
 
 _Static_assert(sizeof(shmc_sync) == 128, "sync size");
-_Static_assert(offsetof(shmc_sync, release_word) == 8, "release_word");
 _Static_assert(offsetof(shmc_sync, waiters) == 12, "waiters");
+_Static_assert(offsetof(shmc_sync, tickets) == 24, "tickets");
+_Static_assert(offsetof(shmc_sync, retry_debt) == 32, "retry_debt");
 _Static_assert(offsetof(shmc_sync, late_releases) == 16, "late_releases");
 
 _Static_assert(sizeof(shmc_hot) == 128, "hot size");
@@ -222,6 +292,14 @@ _Static_assert(offsetof(shmc_hot, waiting_now) == 44, "waiting_now");
 _Static_assert(offsetof(shmc_hot, robust_next) == 48, "robust_next");
 _Static_assert(offsetof(shmc_hot, refused) == 56, "refused");
 
+_Static_assert(offsetof(shmc_hot, latency_us) == 64, "latency_us");
+_Static_assert(offsetof(shmc_hot, failures) == 68, "failures");
+_Static_assert(offsetof(shmc_hot, wake) == 72, "wake");
+_Static_assert(offsetof(shmc_hot, group) == 80, "group");
+_Static_assert(offsetof(shmc_hot, turn) == 88, "turn");
+
+_Static_assert(sizeof(shmc_decisions) == sizeof(shmc_record), "a router's record");
+_Static_assert(offsetof(shmc_decisions, entry) == 64, "entry");
 _Static_assert(sizeof(shmc_record) == 640, "record size");
 _Static_assert(offsetof(shmc_record, copy) == 64, "copy");
 
@@ -236,6 +314,7 @@ _Static_assert(offsetof(shmc_meta, interval_ns) == 408, "interval_ns");
 _Static_assert(offsetof(shmc_meta, weight) == 416, "weight");
 _Static_assert(offsetof(shmc_meta, capacity) == 424, "capacity");
 _Static_assert(offsetof(shmc_meta, gauge_count) == 428, "gauge_count");
+_Static_assert(offsetof(shmc_meta, slow_start_ns) == 432, "slow_start_ns");
 _Static_assert(offsetof(shmc_meta, gauge_names) == 448, "gauge_names");
 
 _Static_assert(SHMC_SYNC_OFFSET == sizeof(shmc_header), "sync line follows the header");

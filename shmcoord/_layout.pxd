@@ -19,6 +19,8 @@ cdef extern from "_layout.h" nogil:
         SHMC_R_PUBLISHED_MONO_NS, SHMC_R_MEMORY_BYTES, SHMC_R_CPU_PERCENT, SHMC_R_SERVED
         SHMC_R_FAILED, SHMC_R_LATENCY_S, SHMC_R_GENERATION, SHMC_R_PUBLISHED_WALL_NS
         SHMC_R_STARTED_MONO_NS, SHMC_R_GAUGES
+        SHMC_TURNS, SHMC_DECISIONS
+        SHMC_DECIDED_LEASE, SHMC_DECIDED_SATURATED, SHMC_DECIDED_NOBODY
 
     ctypedef struct shmc_header:
         uint64_t magic
@@ -44,9 +46,14 @@ cdef extern from "_layout.h" nogil:
 
     ctypedef struct shmc_sync:
         uint64_t epoch
-        uint32_t release_word
         uint32_t waiters
         uint64_t late_releases
+        uint64_t tickets
+        uint64_t retry_debt
+
+    ctypedef struct shmc_turn:
+        uint64_t ticket
+        uint64_t group
 
     ctypedef struct shmc_hot:
         uint64_t load
@@ -59,10 +66,24 @@ cdef extern from "_layout.h" nogil:
         uint32_t waiting_now
         uint64_t robust_next
         uint64_t refused
+        uint32_t latency_us
+        uint32_t failures
+        uint32_t wake
+        uint64_t group
+        shmc_turn turn[2]
 
     ctypedef struct shmc_record:
         uint64_t seq
         uint64_t copy[2][32]
+
+    ctypedef struct shmc_decision:
+        uint64_t number
+        uint64_t time_ns
+        uint64_t group
+        uint64_t what
+
+    ctypedef struct shmc_decisions:
+        shmc_decision entry[16]
 
     ctypedef struct shmc_meta:
         char name[64]
@@ -76,9 +97,13 @@ cdef extern from "_layout.h" nogil:
         double weight
         uint32_t capacity
         uint32_t gauge_count
+        uint64_t slow_start_ns
         char gauge_names[16][32]
 
     uint64_t shmc_record_offset(uint64_t slots)
     uint64_t shmc_lease_offset(uint64_t slots)
     uint64_t shmc_meta_offset(uint64_t slots, uint64_t leases)
     uint64_t shmc_total_bytes(uint64_t slots, uint64_t leases)
+
+    uint64_t shmc_mix(uint64_t x)
+    uint64_t shmc_hash(const char* bytes, size_t length)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     import numpy
 
+    from shmcoord.decision import PastDecision
+
 __all__ = ["Segment"]
 
 
@@ -79,6 +81,7 @@ class Segment(Mapping):
         weight: float = 1.0,
         interval_s: float = 2.0,
         gauges: Iterable[str] = (),
+        slow_start_s: float = 0.0,
     ) -> Node:
         """Become a node: claim a slot, start the heartbeat.
 
@@ -90,18 +93,32 @@ class Segment(Mapping):
             weight: its share of the load relative to others, 1e-6 to 1e6.
             interval_s: heartbeat interval, 0.001 to 3600 seconds.
             gauges: names of up to 16 user gauges for `Node.publish`.
+            slow_start_s: for how long routers raise its share of the traffic from a tenth to all
+                of it, 0 to 3600 seconds; for nodes that have caches to fill.
 
         Raises:
             NodeExists: a living node has that name.
             SegmentFull: every slot is taken by a living participant.
             SegmentForbidden: the segment was attached as an observer.
         """
-        node = join_segment(self, name, group, endpoint, capacity, weight, interval_s, gauges)
+        node = join_segment(
+            self, name, group, endpoint, capacity, weight, interval_s, gauges, slow_start_s
+        )
         try:
             self._nodes.add(node)
         except AttributeError:
             self._nodes = weakref.WeakSet((node,))
         return node
+
+    def decisions(self, group: str | None = None) -> list[PastDecision]:
+        """The last decisions of every router of the segment, oldest first; 16 of each at most.
+
+        Args:
+            group: only those for this group.
+        """
+        from shmcoord.trace import read_decisions
+
+        return read_decisions(self, group)
 
     def reap(self) -> int:
         """Give back what the dead held; returns slots and leases freed.

@@ -2,7 +2,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
-from shmcoord._posix cimport FUTEX_OWNER_DIED, FUTEX_TID_MASK, futex_wake_all
+from shmcoord._posix cimport FUTEX_OWNER_DIED, FUTEX_TID_MASK
 from shmcoord.segment cimport mapping_t
 
 
@@ -54,17 +54,27 @@ cdef inline bint owner_is_dead(const mapping_t* m, uint64_t cell) noexcept nogil
         return True
     return not slot_is_alive(m, slot)
 
-cdef inline void notify_release(mapping_t* m) noexcept nogil:
-    """Wake whoever waits for capacity; one load when nobody does.
+cdef inline void notify_freed(mapping_t* m, uint32_t slot) noexcept nogil:
+    """Tell whoever waits longest that a cell of this node is free; one load when nobody waits.
 
-    The caller has freed something with a seq_cst CAS; a waiter counts itself before it looks at
-    the cells a last time. So either we see its count, or it sees what we freed.
+    The caller has freed the cell with a seq_cst CAS; a router publishes its turn and counts itself
+    before it looks at the cells a last time. So either we see its turn, or it sees what we freed.
     """
     if load_seqcst_u32(&m.sync.waiters) != 0:
-        add_seqcst_u32(&m.sync.release_word, 1)
-        futex_wake_all(&m.sync.release_word)
+        wake_longest(m, load_relaxed_u64(&m.hot[slot].group))
+
+cdef inline void count_waiter_out(mapping_t* m) noexcept nogil:
+    """Take one off the routers that wait; never below 0."""
+    cdef uint32_t waiters
+    while True:
+        waiters = load_relaxed_u32(&m.sync.waiters)
+        if waiters == 0 or cas_seqcst_u32(&m.sync.waiters, waiters, waiters - 1):
+            return
 
 
+cdef void wake_longest(mapping_t* m, uint64_t group) noexcept nogil
+cdef void notify_all(mapping_t* m) noexcept nogil
+cdef uint64_t oldest_ticket(mapping_t* m, uint32_t slot, uint64_t group) noexcept nogil
 cdef uint32_t sweep_row(mapping_t* m, uint32_t slot) noexcept nogil
 cdef uint32_t free_row(mapping_t* m, uint32_t slot) noexcept nogil
 cdef uint32_t free_owned(mapping_t* m, uint32_t owner, uint32_t generation) noexcept nogil

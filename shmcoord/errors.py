@@ -5,6 +5,8 @@ the machine or of the segment derives from `ShmcoordError`. A message says what 
 what to do about it.
 """
 
+from __future__ import annotations
+
 __all__ = [
     "ForkedHandle",
     "LayoutMismatch",
@@ -59,7 +61,16 @@ class NoBackend(ShmcoordError):
 
 
 class Saturated(ShmcoordError):
-    """Every eligible node was at its capacity until the time-out."""
+    """Every eligible node was at its capacity until the time-out, or too many wait already.
+
+    Attributes:
+        retry_after_s: how long a new caller would wait, by the nodes' latencies, in seconds; None
+            where they say nothing.
+    """
+
+    def __init__(self, message: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class LeaseLost(ShmcoordError):

@@ -4,7 +4,7 @@ from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
 from shmcoord._steps cimport step
 from shmcoord.backend cimport Backend
-from shmcoord.cells cimport cell_make, cell_state, death_is_alive, notify_release
+from shmcoord.cells cimport cell_make, cell_state, death_is_alive, notify_freed
 from shmcoord.liveness cimport Participant
 from shmcoord.segment cimport Mapping, mapping_t
 from shmcoord.status cimport word_add_inflight, word_generation, word_state
@@ -43,7 +43,7 @@ cdef inline bint free_cell(mapping_t* m, shmc_hot* hot, uint32_t generation, uin
     step(b"free.cas")
     word_add_inflight(hot, generation, -<int64_t>cost)
     step(b"free.word")
-    notify_release(m)
+    notify_freed(m, <uint32_t>(hot - m.hot))
     step(b"free.notify")
     return True
 

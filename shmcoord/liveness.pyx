@@ -24,10 +24,11 @@ from shmcoord._posix cimport *
 from shmcoord._steps cimport step
 from shmcoord.beat cimport entry_t, hold, is_ours, let_go, why_not_held
 from shmcoord.cells cimport (
+    count_waiter_out,
     death_is_alive,
     free_owned,
     free_row,
-    notify_release,
+    notify_all,
     slot_is_alive,
     sweep_row,
 )
@@ -43,6 +44,9 @@ from shmcoord.status cimport (
     word_generation,
     word_make,
 )
+
+cdef extern from "<string.h>" nogil:
+    size_t strnlen(const char* text, size_t most)
 
 import atexit
 import os
@@ -64,7 +68,7 @@ cdef void _move_epoch(mapping_t* m, uint32_t slot) noexcept nogil:
     """Members have changed, and with them perhaps capacity. Routers are nobody's members."""
     if load_relaxed_u32(&m.hot[slot].kind) == SHMC_KIND_NODE:
         add_seqcst_u64(&m.sync.epoch, 1)
-    notify_release(m)
+    notify_all(m)
 
 
 cdef void _close_word(shmc_hot* hot) noexcept nogil:
@@ -84,17 +88,14 @@ cdef uint32_t _clear_slot(mapping_t* m, uint32_t slot) noexcept nogil:
     Any prefix of this may be all that happens: the next one does it again from the start.
     """
     cdef shmc_hot* hot = &m.hot[slot]
-    cdef uint32_t waiters, freed
+    cdef uint32_t freed
     freed = free_owned(m, slot, load_relaxed_u32(&hot.generation))
     step(b"reap.owned")
     freed += free_row(m, slot)
     step(b"reap.row")
     if load_relaxed_u32(&hot.waiting_now) != 0:
         store_relaxed_u32(&hot.waiting_now, 0)
-        while True:
-            waiters = load_relaxed_u32(&m.sync.waiters)
-            if waiters == 0 or cas_seqcst_u32(&m.sync.waiters, waiters, waiters - 1):
-                break
+        count_waiter_out(m)
     _close_word(hot)
     step(b"reap.word")
     and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
@@ -248,7 +249,7 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     cdef shmc_hot* hot = &m.hot[slot]
     cdef uint64_t words[32]
     cdef uint64_t now = mono_ns()
-    cdef uint32_t generation = load_relaxed_u32(&hot.generation) + 1
+    cdef uint32_t i, generation = load_relaxed_u32(&hot.generation) + 1
     cdef entry_t* entry
     cdef Participant self
     before = _making
@@ -277,15 +278,23 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     store_relaxed_u32(&hot.kind, kind)
     store_relaxed_u32(&hot.waiting_now, 0)
     store_relaxed_u64(&hot.refused, 0)
+    store_relaxed_u32(&hot.latency_us, 0)
+    store_relaxed_u32(&hot.failures, 0)
+    store_relaxed_u32(&hot.wake, 0)
+    store_relaxed_u64(&hot.group, shmc_hash(meta.group, strnlen(meta.group, SHMC_NAME_BYTES)))
+    for i in range(<uint32_t>SHMC_TURNS):
+        store_relaxed_u64(&hot.turn[i].ticket, 0)
+        store_relaxed_u64(&hot.turn[i].group, 0)
     store_relaxed_u64(&hot.beat_ns, now)
     store_relaxed_u64(&hot.progress_ns, now)
     store_release_u64(&hot.load, word_make(generation, SHMC_STATE_OPEN, 0, 0, 0))
     step(b"claim.load")
     memset(words, 0, sizeof(words))
-    words[SHMC_R_GENERATION] = generation
-    words[SHMC_R_PUBLISHED_MONO_NS] = now
-    words[SHMC_R_PUBLISHED_WALL_NS] = wall_ns()
-    words[SHMC_R_STARTED_MONO_NS] = now
+    if kind == SHMC_KIND_NODE:  # a router has its decisions there: none so far
+        words[SHMC_R_GENERATION] = generation
+        words[SHMC_R_PUBLISHED_MONO_NS] = now
+        words[SHMC_R_PUBLISHED_WALL_NS] = wall_ns()
+        words[SHMC_R_STARTED_MONO_NS] = now
     # Both copies, so that what an owner publishes later may be a prefix of the words.
     record_write(&m.record[slot], words, SHMC_RECORD_WORDS)
     record_write(&m.record[slot], words, SHMC_RECORD_WORDS)
@@ -343,7 +352,7 @@ cdef class Participant:
         step(b"leave.row")
         _close_word(&m.hot[slot])
         step(b"leave.word")
-        # The thread that waits, if there is one, takes itself off `sync.waiters` when it ends.
+        # The queue of those who wait, if there is one, takes itself off `sync.waiters` as it ends.
         store_release_u32(&m.hot[slot].waiting_now, 0)
         and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
         step(b"leave.bitmap")

@@ -17,6 +17,7 @@ cdef class Node:
     cdef uint64_t* row
     cdef uint64_t words[32]
     cdef uint32_t word_count
+    cdef uint64_t served_before  # at the interval before
     cdef dict gauge_index
     cdef readonly bint stale  # the name leads to other memory by now
     cdef object __weakref__
@@ -24,6 +25,8 @@ cdef class Node:
     cdef void set_state(self, uint32_t state) noexcept
     cdef uint32_t _stored_state(self) noexcept
     cdef void publish_record(self) noexcept
+    cdef void show_latency(self, double latency_s) noexcept
+    cdef void forget_latency(self) noexcept
     cdef void finish(self, int index, uint64_t value, uint64_t began_ns, bint failed) noexcept
 
 
@@ -35,4 +38,4 @@ cdef class Request:
     cdef bint ended
 
 cdef Node join_node(Mapping segment, str name, str group, str endpoint, object capacity,
-                    object weight, object interval_s, tuple gauges)
+                    object weight, object interval_s, tuple gauges, object slow_start_s)

@@ -90,4 +90,5 @@ def join_segment(
     weight: float,
     interval_s: float,
     gauges: Iterable[str],
+    slow_start_s: float,
 ) -> Node: ...

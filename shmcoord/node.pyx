@@ -12,7 +12,7 @@ from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
 from shmcoord._posix cimport mono_ns, wall_ns
 from shmcoord._steps cimport step
-from shmcoord.cells cimport cell_cost, cell_make, notify_release
+from shmcoord.cells cimport cell_cost, cell_make, notify_all
 from shmcoord.lease cimport find_cell, free_cell, take_cell
 from shmcoord.liveness cimport claim
 from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN
@@ -58,7 +58,7 @@ cdef bint _making = False
 
 
 cdef Node join_node(Mapping segment, str name, str group, str endpoint, object capacity,
-                    object weight, object interval_s, tuple gauges):
+                    object weight, object interval_s, tuple gauges, object slow_start_s):
     global _making
     cdef bint before
     cdef shmc_meta meta
@@ -86,6 +86,9 @@ cdef Node join_node(Mapping segment, str name, str group, str endpoint, object c
     interval_s = float(interval_s)
     if not 0.001 <= interval_s <= 3600:
         raise ValueError(f"interval_s must be between 0.001 and 3600 seconds, not {interval_s}")
+    slow_start_s = float(slow_start_s)
+    if not 0 <= slow_start_s <= 3600:
+        raise ValueError(f"slow_start_s must be between 0 and 3600 seconds, not {slow_start_s}")
     if len(gauges) > SHMC_GAUGES_MAX:
         raise ValueError(f"at most {SHMC_GAUGES_MAX} gauges, not {len(gauges)}")
     if len(set(gauges)) != len(gauges):
@@ -97,6 +100,7 @@ cdef Node join_node(Mapping segment, str name, str group, str endpoint, object c
     meta.capacity = capacity
     meta.weight = weight
     meta.interval_ns = <uint64_t>(interval_s * 1e9)
+    meta.slow_start_ns = <uint64_t>(slow_start_s * 1e9)
     meta.gauge_count = <uint32_t>len(gauges)
 
     participant = claim(segment, SHMC_KIND_NODE, &meta, name)
@@ -265,9 +269,19 @@ cdef class Node:
         self.words[SHMC_R_SERVED] += 1
         if failed:
             self.words[SHMC_R_FAILED] += 1
+            store_relaxed_u32(&self.hot.failures, load_relaxed_u32(&self.hot.failures) + 1)
+        elif load_relaxed_u32(&self.hot.failures) != 0:
+            store_relaxed_u32(&self.hot.failures, 0)
+        self.show_latency(smoothed)
         self.publish_record()
 
     # --- publishing
+
+    cdef void show_latency(self, double latency_s) noexcept:
+        """Where policies read it, beside the load; at least 1 us, since 0 means unknown."""
+        store_relaxed_u32(
+            &self.hot.latency_us, <uint32_t>min(max(latency_s * 1e6, 1.0), 4e9)
+        )
 
     cdef void publish_record(self) noexcept:
         self.words[SHMC_R_PUBLISHED_MONO_NS] = mono_ns()
@@ -308,11 +322,24 @@ cdef class Node:
                 self.segment.name, self.name,
             )
         self.check()
+        self.forget_latency()
         self.words[SHMC_R_MEMORY_BYTES] = memory_bytes
         self.words[SHMC_R_CPU_PERCENT] = double_to_bits(cpu_percent)
         self.words[SHMC_R_PUBLISHED_WALL_NS] = wall_ns()
         self.publish_record()
         store_release_u64(&self.hot.progress_ns, mono_ns())
+
+    cdef void forget_latency(self) noexcept:
+        """Halve what policies see of a latency that no request has renewed for an interval.
+
+        A node that was slow once and is avoided for it serves nothing that could show that it is
+        fast again: so it is tried again after a while.
+        """
+        cdef uint32_t latency_us = load_relaxed_u32(&self.hot.latency_us)
+        if self.words[SHMC_R_SERVED] != self.served_before:
+            self.served_before = self.words[SHMC_R_SERVED]
+        elif latency_us > 1:
+            store_relaxed_u32(&self.hot.latency_us, latency_us // 2)
 
     @property
     def waiting(self):
@@ -423,7 +450,7 @@ cdef class Node:
         if self._stored_state() == SHMC_STATE_SHUTDOWN:
             raise ValueError(f"node {self.name} is shut down; join again")
         self.set_state(SHMC_STATE_OPEN)
-        notify_release(self.m)  # capacity has come back
+        notify_all(self.m)  # capacity has come back
         _log.info("node %s resumes", self.name)
 
     def shutdown(self):
@@ -511,11 +538,14 @@ cdef class Request:
             self.end(failed=kind is not None)
 
 
-def join_segment(Mapping segment, name, group, endpoint, capacity, weight, interval_s, gauges):
+def join_segment(Mapping segment, name, group, endpoint, capacity, weight, interval_s, gauges,
+                 slow_start_s):
     """`Segment.join`."""
     for what, value in (("node name", name), ("group", group), ("endpoint", endpoint)):
         if not isinstance(value, str):
             raise TypeError(f"{what} must be a str, not {type(value).__name__}")
     if isinstance(gauges, str):
         raise TypeError("gauges must be several names, not one str")
-    return join_node(segment, name, group, endpoint, capacity, weight, interval_s, tuple(gauges))
+    return join_node(
+        segment, name, group, endpoint, capacity, weight, interval_s, tuple(gauges), slow_start_s
+    )

@@ -3,4 +3,6 @@ from typing_extensions import disjoint_base
 from shmcoord.policy import POLICIES as POLICIES
 
 @disjoint_base
-class Table: ...
+class NativePolicy:
+    @property
+    def name(self) -> str: ...

@@ -1,8 +1,21 @@
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmcoord.backend cimport Backend
 from shmcoord.lease cimport Lease
-from shmcoord.picker cimport Table, candidate_t, policy_t
+from shmcoord.liveness cimport Participant
+from shmcoord.picker cimport pick_t, policy_t
+from shmcoord.segment cimport Mapping
+from shmcoord.table cimport Rules, Table
+from shmcoord.turns cimport Turns
+
+
+cdef class Ask:
+    cdef str group
+    cdef uint64_t group_hash
+    cdef uint64_t key
+    cdef uint64_t began_ns  # when it began to wait; 0: it does not
+    cdef uint32_t cost
+    cdef bint explain, idle_only
+    cdef object exclude
 
 
 cdef class Router:
@@ -14,23 +27,35 @@ cdef class Router:
     cdef uint32_t count
     cdef str last_group
     cdef Table last_table
+    cdef Rules rules
     cdef dict unreachable   # Backend -> ns until which it is passed over
+    cdef dict watches       # Backend -> Watch
     cdef readonly str policy
-    cdef policy_t scan
+    cdef policy_t scan      # NULL: `asked` is a policy in Python
+    cdef object asked
     cdef uint64_t rng
     cdef uint32_t attempt
+    cdef uint64_t now_ns    # of the coarse clock, at the last `table_of`
     cdef uint64_t stale_at_ns
     cdef bint is_closed
-    cdef bint owns_segments
+    cdef Turns turns
     cdef object waiting     # WaitQueue, made at the first wait
+    cdef readonly uint32_t max_waiters
     cdef object __weakref__
 
     cdef Table table_of(self, group)
     cdef Table _rebuild(self, str group)
     cdef int _check(self) except -1
     cdef int _look_for_stale(self, uint64_t now_ns) except -1
-    cdef Lease _attempt(self, str group, uint32_t cost, bint explain, object exclude)
-    cdef tuple _decide(self, Table table, str group, uint32_t skip, object exclude)
-    cdef str _reason(self, const candidate_t* c, Backend backend, bint is_chosen, int health,
-                     double age_s, uint64_t word, double score, double best, uint32_t skip,
-                     object exclude)
+    cdef int _choose(self, Table table, const pick_t* pick) except -2
+    cdef bint _is_gated(self, Table table, int index)
+    cdef uint32_t _next_skip(self) noexcept
+    cdef Ask _ask(self, group, cost, key, bint explain, exclude, bint idle_only)
+    cdef bint _is_behind(self, Ask ask, bint can_wait) except -1
+    cdef Lease _attempt(self, Ask ask)
+    cdef void _note_refusal(self, Table table, uint32_t outcome) noexcept
+    cdef tuple _decide(self, Table table, str group, const pick_t* pick, object exclude,
+                       bint is_real)
+    cdef Participant _claim(self, Mapping mapping, uint32_t index)
+    cdef object _queue(self, Ask ask)
+    cdef object _expected_wait_s(self, Ask ask)

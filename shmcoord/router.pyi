@@ -1,32 +1,50 @@
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import TracebackType
+from typing import Any, TypeAlias
 
 from typing_extensions import Self, disjoint_base
 
 from shmcoord.backend import Backend
-from shmcoord.decision import Decision
+from shmcoord.budget import RetryBudget
+from shmcoord.decision import Candidate, Decision
 from shmcoord.lease import Lease
+from shmcoord.picker import NativePolicy
+from shmcoord.policy import View
 from shmcoord.segment import Mapping
+
+_Key: TypeAlias = str | bytes | int
+
+@disjoint_base
+class Ask: ...
 
 @disjoint_base
 class Router:
     def __init__(
-        self, *segments: str | Mapping, policy: str = "least-loaded", seed: int | None = None
+        self,
+        *segments: str | Mapping,
+        policy: str | Callable[[View], Candidate | None] | NativePolicy = "least-loaded",
+        seed: int | None = None,
+        max_waiters: int = 1024,
+        **rules: Any,
     ) -> None: ...
+    @property
+    def max_waiters(self) -> int: ...
     @property
     def policy(self) -> str: ...
     @property
     def closed(self) -> bool: ...
-    def pick(self, group: str) -> Backend: ...
-    def explain(self, group: str) -> Decision: ...
+    def pick(self, group: str, *, key: _Key | None = None) -> Backend: ...
+    def explain(self, group: str, *, key: _Key | None = None, cost: int = 1) -> Decision: ...
     def acquire(
         self,
         group: str,
         timeout_s: float = 0.0,
         cost: int = 1,
         *,
+        key: _Key | None = None,
         explain: bool = False,
         exclude: Collection[Backend] = (),
+        idle_only: bool = False,
     ) -> Lease: ...
     async def acquire_async(
         self,
@@ -34,9 +52,12 @@ class Router:
         timeout_s: float = 1.0,
         cost: int = 1,
         *,
+        key: _Key | None = None,
         explain: bool = False,
         exclude: Collection[Backend] = (),
+        idle_only: bool = False,
     ) -> Lease: ...
+    def retry_budget(self, ratio: float = 0.2, burst: float = 100) -> RetryBudget: ...
     def mark_unreachable(self, backend: Backend, for_s: float = 1.0) -> None: ...
     def mark_reachable(self, backend: Backend) -> None: ...
     def close(self) -> None: ...

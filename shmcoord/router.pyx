@@ -8,43 +8,37 @@ a few times per interval, by a coarse clock that is read once per pick.
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
 from shmcoord._posix cimport mono_coarse_ns, mono_ns
 from shmcoord.backend cimport Backend, make_backend
-from shmcoord.cells cimport death_is_alive, sweep_row
+from shmcoord.cells cimport sweep_row
+from shmcoord.explain cimport Frozen, freeze
 from shmcoord.lease cimport Lease, reserve
 from shmcoord.liveness cimport Judge, Participant, claim
 from shmcoord.picker cimport (
-    Table,
+    LOAD_BITS,
+    NativePolicy,
     candidate_t,
-    candidates_t,
     find_policy,
-    make_table,
-    score_of,
+    is_open,
+    pick_t,
+    random_unit,
 )
 from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN, Mapping
-from shmcoord.status cimport (
-    HEALTH_DEAD,
-    STATE_BUSY,
-    STATE_IDLE,
-    NodeInfo,
-    health_enum,
-    read_info,
-    state_enum,
-    word_generation,
-    word_public_state,
-    word_queue,
-)
+from shmcoord.status cimport NodeInfo, read_info, word_inflight, word_queue
+from shmcoord.table cimport Rules, Table, make_table
+from shmcoord.trace cimport note_decision
+from shmcoord.turns cimport Turns
 
 import itertools
 import logging
 import os
 
+from shmcoord.budget import RetryBudget
 from shmcoord.errors import NoBackend, Saturated, ShmcoordError
-from shmcoord.release import ReleaseWait
 
 _log = logging.getLogger("shmcoord.router")
 _serial = itertools.count(1)
@@ -54,14 +48,46 @@ cdef uint64_t _STALE_EVERY_NS = 1_000_000_000
 cdef uint32_t _NO_SKIP = 0xFFFFFFFFu
 
 
+cdef uint64_t _hash_of(key) except? 0:
+    """Hash of a caller's key, the same in every process."""
+    cdef bytes raw
+    if isinstance(key, str):
+        raw = (<str>key).encode()
+    elif isinstance(key, bytes):
+        raw = key
+    elif isinstance(key, int) and not isinstance(key, bool):
+        raw = b"%d" % key
+    else:
+        raise TypeError(f"key must be a str, bytes or int, not {type(key).__name__}")
+    return shmc_hash(raw, len(raw))
+
+
+cdef class Ask:
+    """What one acquire asks for."""
+
+
 cdef class Router:
     """Picks and reserves the nodes of one or several segments.
 
     Args:
         segments: names, or open `Segment` objects. A name is opened as by `Segment.open`, so a
             router may start before the first node.
-        policy: a name of `shmcoord.policy.POLICIES`.
+        policy: a name of `shmcoord.policy.POLICIES`; a callable that gets a `shmcoord.policy.View`
+            and returns one of its candidates (or None); or a `NativePolicy`.
         seed: start of the random state, for repeatable tests; by default from the system.
+        max_waiters: callers of this router that may wait for capacity at once; the next one is
+            `Saturated` immediately.
+        local: names of the segments of this host. Nodes of the others are taken only when the
+            local ones are busier by more than `remote_margin`. None: all are local.
+        remote_margin: in requests (of weight 1).
+        panic_threshold: where less than this part of the nodes is healthy, all that are not dead
+            are used, suspect and ejected ones too. 0: only where nobody healthy is left.
+        eject_after: a node with so many failed requests in a row, while the others do not fail
+            likewise, is passed over for a while; also one whose recent error rate is 0.3 above
+            that of the others. At most half of a group. 0: never.
+        eject_s: for how long, seconds; doubled each time that it fails again, up to 300 s.
+        hot_quantile: of the loads of the group, above which `hot-cold` takes a node for hot.
+        affinity_bound: how many times its share of the load `affinity` gives to a node.
 
     A context manager: leaving it closes. It may be shared by threads. It claims a participant slot
     in a segment at its first `acquire` there; `pick` and `explain` need none.
@@ -69,21 +95,26 @@ cdef class Router:
 
     def __cinit__(self, *segments, **options):
         self.epochs = NULL
+        self.scan = NULL
         self.is_closed = True  # until it is whole
         self.segments = []
         self.participants = []
         self.tables = {}
         self.unreachable = {}
+        self.watches = {}
 
-    def __init__(self, *segments, policy="least-loaded", seed=None):
+    def __init__(self, *segments, policy="least-loaded", seed=None, max_waiters=1024, **rules):
         if not segments:
             raise ValueError("a router needs at least one segment")
-        if not isinstance(policy, str):
-            raise TypeError(f"policy must be a str, not {type(policy).__name__}")
         if len(segments) > 128:
             raise ValueError(f"at most 128 segments, not {len(segments)}")
-        self.scan = find_policy(policy)
-        self.policy = policy
+        self._set_policy(policy)
+        if not isinstance(max_waiters, int) or isinstance(max_waiters, bool):
+            raise TypeError(f"max_waiters must be an int, not {type(max_waiters).__name__}")
+        if max_waiters < 0:
+            raise ValueError(f"max_waiters must not be negative, not {max_waiters}")
+        self.max_waiters = max_waiters
+        self.rules = Rules(**rules)
         if seed is None:
             self.rng = int.from_bytes(os.urandom(8), "little") | 1
         else:
@@ -95,6 +126,11 @@ cdef class Router:
         names = [segment.name for segment in self.segments]
         if len(set(names)) != len(names):
             raise ValueError(f"a segment is named twice: {', '.join(names)}")
+        if self.rules.local is not None and not self.rules.local <= set(names):
+            raise ValueError(
+                f"local names segments that the router does not have: "
+                f"{', '.join(sorted(self.rules.local - set(names)))}"
+            )
         for segment in self.segments:
             (<Mapping>segment).check()
             if not (<Mapping>segment).m.writable:
@@ -104,9 +140,11 @@ cdef class Router:
                 )
         self.count = <uint32_t>len(self.segments)
         self.participants = [None] * self.count
+        self.turns = Turns(self.segments, self.participants)
         self.judges = [Judge(segment) for segment in self.segments]
         self.tables = {}
         self.unreachable = {}
+        self.watches = {}
         self.epochs = <uint64_t*>calloc(self.count, sizeof(uint64_t))
         if self.epochs == NULL:
             raise MemoryError()
@@ -115,6 +153,23 @@ cdef class Router:
         self.stale_at_ns = mono_coarse_ns() + _STALE_EVERY_NS
         self.waiting = None
         self.is_closed = False
+
+    def _set_policy(self, policy):
+        if isinstance(policy, str):
+            self.scan = find_policy(policy)
+            self.policy = policy
+        elif isinstance(policy, NativePolicy):
+            self.scan = (<NativePolicy>policy).scan
+            self.policy = policy.name
+            self.asked = policy  # keeps its module
+        elif callable(policy):
+            self.asked = policy
+            self.policy = getattr(policy, "__name__", type(policy).__name__)
+        else:
+            raise TypeError(
+                "policy must be a name, a callable or a NativePolicy, "
+                f"not {type(policy).__name__}"
+            )
 
     def __dealloc__(self):
         free(self.epochs)
@@ -151,7 +206,7 @@ cdef class Router:
             table = None if moved else <Table>self.tables.get(group)
             if table is None:
                 table = self._rebuild(<str>group)
-        now_ns = mono_coarse_ns()
+        now_ns = self.now_ns = mono_coarse_ns()
         if now_ns >= table.judge_at_ns:
             if now_ns >= self.stale_at_ns and self._look_for_stale(now_ns):
                 table = self._rebuild(<str>group)
@@ -164,10 +219,10 @@ cdef class Router:
         cdef uint64_t epoch, now_ns
         cdef Mapping segment
         cdef NodeInfo info
-        cdef Table table, before
+        cdef Table table, before = <Table>self.tables.get(group)
+        cdef bytes raw = group.encode()
         backends = []
         segments_of = []
-        before = <Table>self.tables.get(group)
         for i in range(self.count):
             segment = <Mapping>self.segments[i]
             # The epoch first: members that change while we read them make the next pick rebuild.
@@ -181,6 +236,9 @@ cdef class Router:
                 self.unreachable = {
                     backend: until for backend, until in self.unreachable.items() if until > now_ns
                 }
+                self.watches = {
+                    backend: watch for backend, watch in self.watches.items() if backend.alive
+                }
             for slot in range(segment.m.slots):
                 info = read_info(segment.m, slot)
                 if info is not None and info.group == group:
@@ -190,7 +248,11 @@ cdef class Router:
             backends,
             segments_of,
             self.judges,
-            before.candidates.cursor if before is not None else 0,
+            self.rules,
+            self.watches,
+            shmc_hash(raw, len(raw)),
+            &self.rng,
+            before,
         )
         if backends or len(self.tables) < 256:  # names that nobody has must not fill the memory
             self.tables[group] = table
@@ -226,257 +288,276 @@ cdef class Router:
 
     # --- picking
 
-    def pick(self, group):
+    cdef int _choose(self, Table table, const pick_t* pick) except -2:
+        if self.scan != NULL:
+            return self.scan(&table.candidates, pick)
+        return freeze(table).choose(NULL, self.asked, pick)
+
+    cdef bint _is_gated(self, Table table, int index):
+        """Whether a node that starts slowly is to be passed over this time: chance decides, so
+        that it gets its share whatever the policy."""
+        return table.shares[index] < 1.0 and random_unit(&self.rng) >= table.shares[index]
+
+    cdef uint32_t _next_skip(self) noexcept:
+        self.attempt += 1
+        if self.attempt == _NO_SKIP:
+            self.attempt = 1  # 0 is what a new table has
+        return self.attempt
+
+    def pick(self, group, *, key=None):
         """The node that the policy would take now; reserves nothing.
 
         Args:
             group: the nodes that can serve the request.
+            key: for the policy `affinity`: a str, bytes or int; the same key, the same node.
 
         Raises:
             NoBackend: nobody is eligible; the message says why for each node.
         """
         cdef Table table = self.table_of(group)
-        cdef int index = self.scan(&table.candidates, _NO_SKIP, &self.rng)
+        cdef pick_t pick
+        cdef int index, other
+        pick.skip = _NO_SKIP
+        pick.cost = 1
+        pick.key = 0 if key is None else _hash_of(key)
+        pick.rng = &self.rng
+        index = self._choose(table, &pick)
         if index < 0:
             self._raise_no_backend(group, ())
+        if table.is_slow and self._is_gated(table, index):
+            pick.skip = self._next_skip()
+            table.candidates.items[index].skip = pick.skip
+            other = self._choose(table, &pick)
+            if other >= 0 and not table.candidates.items[other].penalty:
+                index = other
         return <Backend>table.backends[index]
 
-    def explain(self, group):
+    def explain(self, group, *, key=None, cost=1):
         """What `pick` would do now, and why, for every candidate: a `Decision`."""
         cdef Table table = self.table_of(group)
-        return self._decide(table, group, _NO_SKIP, ())[0]
+        cdef pick_t pick
+        pick.skip = _NO_SKIP
+        pick.cost = cost
+        pick.key = 0 if key is None else _hash_of(key)
+        pick.rng = &self.rng
+        return self._decide(table, group, &pick, (), False)[0]
 
-    cdef tuple _decide(self, Table table, str group, uint32_t skip, object exclude):
-        """A Decision and the index of the chosen candidate (-1: nobody).
-
-        The words of all candidates are copied first, and the policy's own scan runs over the copy,
-        so that what is explained is what was decided.
-        """
-        cdef uint32_t i, count = table.candidates.count
-        cdef shmc_hot* frozen = <shmc_hot*>calloc(count + 1, sizeof(shmc_hot))
-        cdef candidate_t* items = <candidate_t*>calloc(count + 1, sizeof(candidate_t))
-        cdef candidates_t view
-        cdef int chosen, health
-        cdef uint64_t word, now_ns = mono_ns()
-        cdef double score, age_s
-        cdef Backend backend
-        cdef const shmc_hot* hot
-        from shmcoord.decision import Candidate, Decision  # not needed where nobody asks why
-        if frozen == NULL or items == NULL:
-            free(frozen)
-            free(items)
-            raise MemoryError()
-        try:
-            view = table.candidates
-            view.items = items
-            for i in range(count):
-                items[i] = table.candidates.items[i]
-                hot = items[i].hot
-                frozen[i].load = load_acquire_u64(&hot.load)
-                frozen[i].death = load_acquire_u32(&hot.death)
-                frozen[i].generation = load_acquire_u32(&hot.generation)
-                items[i].hot = &frozen[i]
-            chosen = self.scan(&view, skip, &self.rng)
-            if skip != _NO_SKIP:  # a real decision: round-robin goes on behind it
-                table.candidates.cursor = view.cursor
-            best = 0.0
-            if chosen >= 0:
-                score_of(&items[chosen], &score)
-                best = score
-            candidates = []
-            for i in range(count):
-                backend = <Backend>table.backends[i]
-                word = frozen[i].load
-                if word_generation(word) != items[i].open_tag >> 4:
-                    word = <uint64_t>SHMC_STATE_SHUTDOWN << 44
-                age_s = 0.0
-                health = (<Judge>table.judges[items[i].segment]).health(
-                    backend.info, now_ns, &age_s
-                )
-                if (
-                    not death_is_alive(frozen[i].death)
-                    or frozen[i].generation != backend.info.generation
-                ):
-                    health = HEALTH_DEAD
-                score_of(&items[i], &score)
-                candidates.append(
-                    Candidate(
-                        node=backend.info.node,
-                        group=backend.info.group,
-                        endpoint=backend.info.endpoint,
-                        segment=backend.mapping.name,
-                        state=state_enum(word_public_state(word)),
-                        health=health_enum(health),
-                        queue=word_queue(word),
-                        capacity=backend.info.capacity,
-                        weight=backend.info.weight,
-                        score=score,
-                        passed_over=self._reason(
-                            &items[i], backend, <int>i == chosen, health, age_s, word, score,
-                            best, skip, exclude,
-                        ),
-                    )
-                )
-        finally:
-            free(frozen)
-            free(items)
+    cdef tuple _decide(self, Table table, str group, const pick_t* pick, object exclude,
+                       bint is_real):
+        """A Decision and the index of the chosen candidate (-1: nobody)."""
+        cdef Frozen frozen = freeze(table)
+        cdef int chosen = frozen.choose(self.scan, self.asked, pick)
+        from shmcoord.decision import Decision  # not needed where nobody asks why
+        if is_real:  # round-robin goes on behind it
+            memcpy(
+                table.candidates.turns, frozen.view.turns,
+                table.candidates.count * sizeof(double),
+            )
         decision = Decision(
             group=group,
             policy=self.policy,
             chosen=table.backends[chosen] if chosen >= 0 else None,
-            candidates=tuple(candidates),
+            candidates=frozen.candidates(self.policy, chosen, pick, exclude),
+            panic=table.is_panic,
         )
         return decision, chosen
 
-    cdef str _reason(self, const candidate_t* c, Backend backend, bint is_chosen, int health,
-                     double age_s, uint64_t word, double score, double best, uint32_t skip,
-                     object exclude):
-        """Why a candidate was passed over; empty for the chosen one."""
-        cdef int state = word_public_state(word)
-        if is_chosen:
-            return ""
-        if health == HEALTH_DEAD:
-            return "dead"
-        if state not in (STATE_IDLE, STATE_BUSY):
-            return state_enum(state).name.lower()
-        if c.skip == skip:
-            return "excluded" if backend in exclude else "at capacity"
-        if c.penalty:
-            if backend in self.unreachable:
-                return "could not be reached a moment ago"
-            return f"suspect: no sign of progress, heartbeat {age_s:.1f} s old"
-        if self.policy != "least-loaded":
-            return "not its turn" if self.policy == "round-robin" else "not drawn"
-        if score > best:
-            return "higher score"
-        return "busy with work of its own" if state == STATE_BUSY and score == 0 else "tie"
-
     # --- reserving
 
-    def acquire(self, group, timeout_s=0.0, cost=1, *, explain=False, exclude=()):
+    def acquire(self, group, timeout_s=0.0, cost=1, *, key=None, explain=False, exclude=(),
+                idle_only=False):
         """Pick and reserve, atomically.
 
         Args:
             group: the nodes that can serve the request.
             timeout_s: how long to wait while every eligible node is at its capacity, seconds;
-                callers of one router are served first come first served.
+                callers of one router are served first come first served, and nearly so those of
+                all routers of the host.
             cost: what the lease counts for in the node's queue, 1 to 65535.
+            key: for the policy `affinity`: a str, bytes or int; the same key, the same node.
             explain: put the `Decision` into `lease.decision`.
             exclude: backends that this request must not go to, for instance since it went there
                 in vain.
+            idle_only: take only a node with nothing waiting or in flight; never waits.
 
         Returns:
             A `Lease`; release it, or use it as a context manager.
 
         Raises:
             NoBackend: nobody is eligible; the message says why for each node.
-            Saturated: all were at capacity until the time-out.
+            Saturated: all were at capacity until the time-out, too many wait already, or, with
+                `idle_only`, none was idle.
             SegmentFull: there is no participant slot left for this router.
         """
         cdef Lease lease
-        timeout_s = self._check_acquire(group, timeout_s, cost)
-        if self.waiting is None or not self._is_ahead(group):
-            lease = self._attempt(<str>group, cost, explain, exclude)
+        cdef Ask ask = self._ask(group, cost, key, explain, exclude, idle_only)
+        timeout_s = _check_timeout(timeout_s)
+        if idle_only:
+            timeout_s = 0.0
+        if not self._is_behind(ask, timeout_s > 0):
+            lease = self._attempt(ask)
             if lease is not None:
                 return lease
         if timeout_s <= 0:
-            self._raise_saturated(group, timeout_s)
-        future = self._queue(group, timeout_s, cost, explain, exclude)
+            self._raise_saturated(ask, timeout_s)
+        waiter = self._queue(ask).put(
+            ask.group, ask.group_hash, lambda: self._attempt(ask), min(timeout_s, 1e6)
+        )
+        if waiter is None:
+            self._raise_saturated(ask, -1.0)
+        future = waiter.future
         try:
             lease = future.result()
         except BaseException:
             # Interrupted (Ctrl-C): nobody will take what comes.
-            if not future.cancel() and future.exception() is None and future.result() is not None:
+            if future.cancel():
+                self.waiting.leave(waiter)
+            elif future.exception() is None and future.result() is not None:
                 future.result().release()
             raise
         if lease is None:
-            self._raise_saturated(group, timeout_s)
+            self._raise_saturated(ask, timeout_s)
         return lease
 
     @cython.binding(True)  # so that inspect.iscoroutinefunction knows it for what it is
-    async def acquire_async(self, group, timeout_s=1.0, cost=1, *, explain=False, exclude=()):
+    async def acquire_async(self, group, timeout_s=1.0, cost=1, *, key=None, explain=False,
+                            exclude=(), idle_only=False):
         """`acquire` on an event loop: waits without blocking it, and can be cancelled."""
-        import asyncio  # costs more to import than all of shmcoord
-        timeout_s = self._check_acquire(group, timeout_s, cost)
-        if self.waiting is None or not self._is_ahead(group):
-            lease = self._attempt(<str>group, cost, explain, exclude)
+        ask = self._ask(group, cost, key, explain, exclude, idle_only)
+        timeout_s = _check_timeout(timeout_s)
+        if idle_only:
+            timeout_s = 0.0
+        if not self._is_behind(ask, timeout_s > 0):
+            lease = self._attempt(ask)
             if lease is not None:
                 return lease
         if timeout_s <= 0:
-            self._raise_saturated(group, timeout_s)
-        future = self._queue(group, timeout_s, cost, explain, exclude)
+            self._raise_saturated(ask, timeout_s)
+        waiter = self._queue(ask).put_async(
+            (<Ask>ask).group, (<Ask>ask).group_hash, lambda: self._attempt(ask),
+            min(timeout_s, 1e6),
+        )
+        if waiter is None:
+            self._raise_saturated(ask, -1.0)
+        future = waiter.future
         try:
-            lease = await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            # Cancelled between the hand-over and our waking up: what came is given back.
-            if not future.cancel() and future.exception() is None and future.result() is not None:
-                future.result().release()
+            lease = await future
+        except BaseException:
+            self.waiting.leave(waiter)
+            # Cancelled between the hand-over and our waking up: what came is given back. (What
+            # comes later finds the future cancelled.)
+            if future.done() and not future.cancelled() and future.exception() is None:
+                lease = future.result()
+                if lease is not None:
+                    lease.release()
             raise
         if lease is None:
-            self._raise_saturated(group, timeout_s)
+            self._raise_saturated(ask, timeout_s)
         return lease
 
-    def _is_ahead(self, group):
-        """Whether other callers of this router wait for the group: then we go behind them."""
-        self._check()
-        return self.waiting.is_ahead(group)
-
-    def _check_acquire(self, group, timeout_s, cost):
+    cdef Ask _ask(self, group, cost, key, bint explain, exclude, bint idle_only):
+        cdef Ask ask
         if not isinstance(group, str):
             raise TypeError(f"group must be a str, not {type(group).__name__}")
         if not isinstance(cost, int) or isinstance(cost, bool):
             raise TypeError(f"cost must be an int, not {type(cost).__name__}")
         if not 1 <= cost <= SHMC_COST_MAX:
             raise ValueError(f"cost must be between 1 and {SHMC_COST_MAX}, not {cost}")
-        timeout_s = float(timeout_s)
-        if timeout_s != timeout_s or timeout_s < 0:
-            raise ValueError(f"timeout_s must not be negative, not {timeout_s}")
-        return timeout_s
+        ask = Ask.__new__(Ask)
+        ask.group = <str>group
+        ask.cost = cost
+        ask.key = 0 if key is None else _hash_of(key)
+        ask.explain = explain
+        ask.exclude = exclude
+        ask.idle_only = idle_only
+        return ask
 
-    cdef Lease _attempt(self, str group, uint32_t cost, bint explain, object exclude):
-        """One try; None if every eligible node is at its capacity."""
-        cdef Table table = self.table_of(group)
+    cdef bint _is_behind(self, Ask ask, bint can_wait) except -1:
+        """Whether callers wait for the group already: then we go behind them.
+
+        Who does not want to wait takes a free cell also where other routers' callers wait.
+        """
+        cdef uint32_t i
+        if self.is_closed or (<Mapping>self.segments[0]).m.state != MAPPING_OPEN:
+            self._check()  # in a forked child the memory is not there, and our locks may be held
+        if self.waiting is not None and self.waiting.ahead(ask.group):
+            return True
+        if can_wait:
+            for i in range(self.count):
+                if load_relaxed_u32(&(<Mapping>self.segments[i]).m.sync.waiters) != 0:
+                    self._check()
+                    ask.group_hash = self.table_of(ask.group).group_hash
+                    return self.turns.others_wait(ask.group_hash)
+        return False
+
+    cdef Lease _attempt(self, Ask ask):
+        """One try; None if every eligible node is at its capacity (or, if asked, none is idle)."""
+        cdef Table table = self.table_of(ask.group)
         cdef candidate_t* c
         cdef Backend backend
         cdef Participant owner
         cdef Lease lease
-        cdef uint32_t skip, i
+        cdef pick_t pick
+        cdef uint32_t i
         cdef int index
-        cdef bint full, any_full, swept = False
+        cdef uint64_t waited_ns
+        cdef bint full, any_full, gated, gate = table.is_slow, swept = False
         cdef object decision = None
+        pick.cost = ask.cost
+        pick.key = ask.key
+        pick.rng = &self.rng
         while True:
-            self.attempt += 1
-            if self.attempt == _NO_SKIP:
-                self.attempt = 1  # 0 is what a new table has
-            skip = self.attempt
-            any_full = False
-            if exclude:
+            pick.skip = self._next_skip()
+            any_full = gated = False
+            if ask.exclude:
                 for i in range(table.candidates.count):
-                    if table.backends[<int>i] in exclude:
-                        table.candidates.items[i].skip = skip
+                    if table.backends[<int>i] in ask.exclude:
+                        table.candidates.items[i].skip = pick.skip
             while True:
-                if explain:
-                    decision, index = self._decide(table, group, skip, exclude)
+                if ask.explain:
+                    decision, index = self._decide(table, ask.group, &pick, ask.exclude, True)
                 else:
-                    index = self.scan(&table.candidates, skip, &self.rng)
+                    index = self._choose(table, &pick)
                 if index < 0:
                     break
                 c = &table.candidates.items[index]
-                if c.penalty and any_full:
+                if c.penalty and (any_full or gated):
                     break  # healthy nodes are there, full as they are
+                if ask.idle_only and load_relaxed_u64(&c.hot.load) & LOAD_BITS:
+                    c.skip = pick.skip
+                    continue
+                if gate and self._is_gated(table, index):
+                    c.skip = pick.skip
+                    gated = True
+                    continue
                 backend = <Backend>table.backends[index]
                 owner = <Participant>self.participants[c.segment]
                 if owner is None or owner.mapping is not backend.mapping:
                     owner = self._claim(backend.mapping, c.segment)
                 full = False
-                lease = reserve(backend, owner, cost, &full)
+                lease = reserve(backend, owner, ask.cost, &full)
                 if lease is not None:
                     lease.decision = decision
+                    if load_relaxed_u32(&c.hot.failures) >= table.marks[index]:
+                        table.judge_at_ns = 0  # it fails: do not wait for the clock
+                    waited_ns = mono_ns() - ask.began_ns if ask.began_ns else 0
+                    note_decision(
+                        owner, self.now_ns, table.group_hash, SHMC_DECIDED_LEASE,
+                        backend.info.slot, waited_ns,
+                        max(word_queue(load_relaxed_u64(&c.hot.load)), ask.cost) - ask.cost,
+                        table.candidates.count,
+                    )
                     return lease
-                c.skip = skip
+                c.skip = pick.skip
                 any_full = any_full or full
+            if gated:  # nobody else has room: those that start slowly are taken as well
+                gate = False
+                continue
+            if ask.idle_only:
+                return None
             if not any_full:
-                self._raise_no_backend(group, exclude)
+                self._note_refusal(table, SHMC_DECIDED_NOBODY)
+                self._raise_no_backend(ask.group, ask.exclude)
             if swept:
                 return None
             # Perhaps some of those leases belong to the dead: look once.
@@ -489,7 +570,16 @@ cdef class Router:
             if full:
                 return None
 
-    def _claim(self, mapping, index):
+    cdef void _note_refusal(self, Table table, uint32_t outcome) noexcept:
+        for owner in self.participants:
+            if owner is not None and not (<Participant>owner).left:
+                note_decision(
+                    <Participant>owner, self.now_ns, table.group_hash, outcome, 0, 0, 0,
+                    table.candidates.count,
+                )
+                return
+
+    cdef Participant _claim(self, Mapping mapping, uint32_t index):
         """This router's participant in one segment."""
         cdef shmc_meta meta
         cdef bytes name = f"router-{os.getpid()}-{next(_serial)}".encode()
@@ -503,23 +593,70 @@ cdef class Router:
         existing = self.participants[index]
         if existing is not None and (<Participant>existing).mapping is mapping:
             (<Participant>participant).leave()  # another thread of ours was faster
-            return existing
+            return <Participant>existing
         self.participants[index] = participant
-        return participant
+        return <Participant>participant
 
     # --- waiting for capacity
 
-    def _queue(self, group, timeout_s, cost, explain, exclude):
+    cdef object _queue(self, Ask ask):
+        """The queue of those who wait; from here on `ask` counts its time."""
+        cdef Table table = self.table_of(ask.group)
+        cdef uint32_t i
+        cdef Backend backend
+        ask.began_ns = mono_ns()
+        ask.group_hash = table.group_hash
+        # Who waits is found by his slot: it takes one wherever there is a node to wait for.
+        for i in range(table.candidates.count):
+            backend = <Backend>table.backends[<int>i]
+            owner = self.participants[table.candidates.items[i].segment]
+            if owner is None or (<Participant>owner).mapping is not backend.mapping:
+                self._claim(backend.mapping, table.candidates.items[i].segment)
         if self.waiting is None:
             from shmcoord.waiting import WaitQueue  # not needed where nobody waits
-            released = ReleaseWait(self.segments, self.participants)
-            self.waiting = WaitQueue(
-                released.begin, released.ticket, released.sleep, released.end, _release_quietly,
-                released.wake,
-            )
-        return self.waiting.put(
-            group, lambda: self._attempt(<str>group, cost, explain, exclude), min(timeout_s, 1e6)
-        )
+            self.waiting = WaitQueue(self.turns, _release_quietly, self._pass_on, self.max_waiters)
+        return self.waiting
+
+    def _pass_on(self, group):
+        """Tell another router if a node of the group may have room that no caller here needs."""
+        cdef Table table
+        cdef uint32_t i
+        cdef uint64_t word
+        cdef pick_t pick
+        if group is None:
+            self.turns.pass_on(0)
+            return
+        table = self.table_of(group)
+        pick.skip = _NO_SKIP
+        for i in range(table.candidates.count):
+            if is_open(&table.candidates.items[i], &pick, &word) and (
+                word_inflight(word) < table.candidates.items[i].capacity
+            ):
+                self.turns.pass_on(table.group_hash)
+                return
+
+    cdef object _expected_wait_s(self, Ask ask):
+        """How long a new caller would wait, as far as the nodes' latencies tell; else None.
+
+        All that wait before him, by the rate at which the group serves: the capacities by the
+        smoothed latencies (Little's law).
+        """
+        cdef Table table = self.table_of(ask.group)
+        cdef uint32_t i, latency_us
+        cdef uint64_t word
+        cdef double rate = 0.0
+        cdef pick_t pick
+        pick.skip = _NO_SKIP
+        for i in range(table.candidates.count):
+            latency_us = load_relaxed_u32(&table.candidates.items[i].hot.latency_us)
+            if latency_us and is_open(&table.candidates.items[i], &pick, &word):
+                rate += table.candidates.items[i].capacity / (latency_us / 1e6)
+        if rate == 0.0:
+            return None
+        ahead = self.turns.waiting_elsewhere(table.group_hash)
+        if self.waiting is not None:
+            ahead += self.waiting.ahead(ask.group)
+        return (ahead + 1) / rate
 
     # --- what cannot be done
 
@@ -536,16 +673,39 @@ cdef class Router:
         )
         raise NoBackend(f"no eligible node in group {group!r} of {where}: {why}")
 
-    def _raise_saturated(self, group, timeout_s):
-        decision = self.explain(group)
+    def _raise_saturated(self, Ask ask, timeout_s):
+        """`timeout_s` is how long was waited; below 0: too many wait already."""
+        self._note_refusal(self.table_of(ask.group), SHMC_DECIDED_SATURATED)
         nodes = ", ".join(
             f"{candidate.node} {candidate.queue}/{candidate.capacity}"
-            for candidate in decision.candidates
+            for candidate in self.explain(ask.group).candidates
         )
-        waited = f" for {timeout_s:g} s" if timeout_s > 0 else ""
-        raise Saturated(
-            f"every eligible node of group {group!r} was at its capacity{waited}: {nodes}"
-        )
+        expected_s = self._expected_wait_s(ask)
+        if ask.idle_only:
+            text = f"no eligible node of group {ask.group!r} is idle: {nodes}"
+        elif timeout_s < 0:
+            text = (
+                f"{self.max_waiters} callers of this router wait for capacity already, and every "
+                f"eligible node of group {ask.group!r} is at its capacity: {nodes}"
+            )
+        else:
+            waited = f" for {timeout_s:g} s" if timeout_s > 0 else ""
+            text = (
+                f"every eligible node of group {ask.group!r} was at its capacity{waited}: {nodes}"
+            )
+        if expected_s is not None:
+            text += f"; a new caller would wait about {expected_s:.3g} s"
+        raise Saturated(text, retry_after_s=expected_s)
+
+    def retry_budget(self, ratio=0.2, burst=100):
+        """The budget of retries that all routers of the (first) segment share.
+
+        Args:
+            ratio: retries that each request earns.
+            burst: retries that may be made before any were earned.
+        """
+        self._check()
+        return RetryBudget(self.segments[0], ratio, burst)
 
     def mark_unreachable(self, backend, for_s=1.0):
         """Pass a node over while others are eligible, for some seconds (inf: for good).
@@ -606,6 +766,13 @@ cdef class Router:
     def __repr__(self):
         names = ", ".join(segment.name for segment in self.segments)
         return f"<Router over {names}, {self.policy}{', closed' if self.is_closed else ''}>"
+
+
+def _check_timeout(timeout_s):
+    timeout_s = float(timeout_s)
+    if timeout_s != timeout_s or timeout_s < 0:
+        raise ValueError(f"timeout_s must not be negative, not {timeout_s}")
+    return timeout_s
 
 
 def _release_quietly(lease):

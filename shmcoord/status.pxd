@@ -122,7 +122,7 @@ cdef class NodeInfo:
     cdef readonly tuple gauge_names
     cdef readonly double weight
     cdef readonly uint32_t capacity, generation, pid, slot
-    cdef readonly uint64_t interval_ns
+    cdef readonly uint64_t interval_ns, slow_start_ns
     cdef readonly double started_at
     cdef bint same_clock
 

@@ -141,6 +141,7 @@ cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
     info.interval_ns = min(
         max(meta.interval_ns, <uint64_t>INTERVAL_MIN_NS), <uint64_t>INTERVAL_MAX_NS
     )
+    info.slow_start_ns = min(meta.slow_start_ns, <uint64_t>INTERVAL_MAX_NS)
     count = min(meta.gauge_count, <uint32_t>SHMC_GAUGES_MAX)
     names = []
     for i in range(count):

@@ -1,175 +1,382 @@
-"""Waiting for capacity: one thread per router, a first-come queue, no polling.
+"""Waiting for capacity: one thread per router, a first-come queue per group, no polling.
 
-Whoever waits, on a thread or on an event loop, puts a `Future` into the queue. One native thread
-sleeps on the segments' release words (futexes that a release moves only while somebody waits) and
-serves the queue in order whenever something was released.
+Whoever waits, on a thread or on an event loop, stands in the queue of his group. One thread sleeps
+until somebody frees a cell and tells this router so (`turns.pyx`), and serves the queues in order.
+Between the routers of all processes the one whose caller waits longest is told; callers of one
+router are served strictly in order.
 """
 
 from __future__ import annotations
 
 import collections
+import heapq
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-__all__ = ["WaitQueue"]
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["LOST_WAKEUP_S", "LoopWaiter", "ThreadWaiter", "WaitQueue", "WakeUps"]
 
 _log = logging.getLogger("shmcoord.waiting")
 T = TypeVar("T")
 
-# A releaser that dies between freeing and waking would lose a wake-up; so does a node or a router
-# that dies while it holds leases. After this long somebody looks again.
-LOST_WAKEUP_S = 0.25
+# Who was told of a free cell and dies before he takes it has taken the wake-up with him; and nobody
+# is told of a cell whose owner was killed. After this long everybody who waits looks by himself.
+LOST_WAKEUP_S = 0.05
+# The thread stays this long after the last caller was served: starting one costs 0.1 ms.
+LINGER_S = 2.0
+
+
+class WakeUps(Protocol):
+    """What the queue needs of the shared memory: `turns.Turns`."""
+
+    def begin(self) -> object:
+        """Count this router among those who wait."""
+
+    def end(self) -> object:
+        """The reverse of `begin`."""
+
+    def tickets(self) -> Sequence[int]:
+        """A place in the order of all callers of all processes."""
+
+    def publish(self, heads: Sequence[tuple[int, Sequence[int]]], waiting: int) -> object:
+        """Show the oldest caller of each group (oldest first), and how many wait in all."""
+
+    def consume(self) -> bool:
+        """Whether we were told of a free cell; called before looking for it."""
+
+    def pass_on(self, group: int) -> object:
+        """Tell the next router, of this group (0: of any): a cell may be left."""
+
+    def wake(self) -> object:
+        """End a `sleep` that has begun or is about to."""
+
+    def sleep(self, timeout_s: float) -> object:
+        """Block until we are told, or for the given seconds."""
 
 
 class _Waiter(Generic[T]):
     """One caller in the queue."""
 
-    def __init__(self, group: str, attempt: Callable[[], T | None], deadline: float) -> None:
+    def __init__(
+        self,
+        group: str,
+        group_hash: int,
+        attempt: Callable[[], T | None],
+        deadline: float,
+        tickets: Sequence[int],
+    ) -> None:
         self.group = group
+        self.group_hash = group_hash
         self.attempt = attempt
         self.deadline = deadline
+        self.tickets = tickets
+        self.queued = True
+
+    def is_gone(self) -> bool:
+        """Whether nobody wants the result any more."""
+        raise NotImplementedError
+
+    def settle(self, result: T | None, error: BaseException | None) -> bool:
+        """Hand over; False if nobody takes it."""
+        raise NotImplementedError
+
+
+class ThreadWaiter(_Waiter[T]):
+    """A caller on a thread; cancel `future` to leave the queue."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.future: Future[T | None] = Future()
+
+    def is_gone(self) -> bool:
+        """Whether `future` was cancelled."""
+        return self.future.cancelled()
+
+    def settle(self, result: T | None, error: BaseException | None) -> bool:
+        """Set the result of `future`."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+        return True
+
+
+class LoopWaiter(_Waiter[T]):
+    """A caller on an event loop; `future` belongs to the loop."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, undo: Callable[[T], object], *args: Any
+    ) -> None:
+        super().__init__(*args)
+        self.future: asyncio.Future[T | None] = loop.create_future()
+        self._loop = loop
+        self._undo = undo
+        self._thread_id = threading.get_ident()
+
+    def is_gone(self) -> bool:
+        """Whether `future` was cancelled."""
+        return self.future.cancelled()
+
+    def settle(self, result: T | None, error: BaseException | None) -> bool:
+        """Have the loop set the result of `future`; what nobody takes there is undone there."""
+        if threading.get_ident() == self._thread_id:
+            self._set(result, error)
+            return True
+        try:
+            self._loop.call_soon_threadsafe(self._set, result, error)
+        except RuntimeError:  # the loop was closed meanwhile
+            return False
+        return True
+
+    def _set(self, result: T | None, error: BaseException | None) -> None:
+        if self.future.done():  # cancelled meanwhile
+            if result is not None:
+                self._undo(result)
+        elif error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
 
 
 class WaitQueue(Generic[T]):
     """Callers that wait until their attempt succeeds, first come first served per group.
 
-    No release is missed: `begin` counts this router among the waiting before anybody is served,
-    a ticket is taken before each round, and `sleep` returns at once if something was released
-    since. A caller who arrives behind nobody tries once more himself after he has queued; one who
-    arrives behind another is served by the thread, which looks for late arrivals before it sleeps.
+    No release is missed: a caller's turn is published before he looks a last time, and whoever
+    frees a cell looks at the turns after that. A caller who arrives behind nobody of his own router
+    looks himself, right after he has queued; the others are served by the thread.
 
     Args:
-        begin: counts this router among those to wake.
-        ticket: the state of the release words now.
-        sleep: blocks until something was released since the ticket, or for the given seconds.
-        end: the reverse of `begin`.
+        wake_ups: the router's `Turns`.
         undo: gives back a result that nobody takes any more.
-        wake: ends a `sleep` that has begun.
+        pass_on: called with a group that has nobody waiting here any more after this router was
+            told of a free cell: tells the next router if one is left. None stands for all groups.
+        most: callers that may wait at once.
     """
 
     def __init__(
         self,
-        begin: Callable[[], object],
-        ticket: Callable[[], object],
-        sleep: Callable[[object, float], object],
-        end: Callable[[], object],
+        wake_ups: WakeUps,
         undo: Callable[[T], object],
-        wake: Callable[[], object] = lambda: None,
+        pass_on: Callable[[str | None], object],
+        most: int = 1024,
     ) -> None:
-        self._begin = begin
-        self._ticket = ticket
-        self._sleep = sleep
-        self._end = end
+        self._wake_ups = wake_ups
         self._undo = undo
-        self._wake = wake
-        self._asleep_until = float("-inf")
+        self._pass_on = pass_on
+        self._most = most
         self._lock = threading.Lock()
-        self._waiters: collections.deque[_Waiter[T]] = collections.deque()
-        self._arrivals = 0
+        self._arrived = threading.Condition(self._lock)
+        self._queues: dict[str, collections.deque[_Waiter[T]]] = {}
+        self._deadlines: list[tuple[float, int, _Waiter[T]]] = []
+        self._order = itertools.count()
+        self._count = 0
+        self._begun = False
+        self._asleep_until = float("-inf")
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def is_ahead(self, group: str) -> bool:
-        """Whether somebody waits for this group already: a new arrival goes behind them."""
-        if not self._waiters:  # the usual case, without the lock
-            return False
+    def ahead(self, group: str) -> int:
+        """How many callers of this router wait for the group: a new one goes behind them."""
+        queue = self._queues.get(group)  # without the lock: the usual case is that nobody waits
+        if not queue:
+            return 0
         with self._lock:
-            return self._is_ahead(group)
-
-    def _is_ahead(self, group: str) -> bool:
-        return any(
-            waiter.group == group and not waiter.future.cancelled() for waiter in self._waiters
-        )
+            return sum(not waiter.is_gone() for waiter in queue)
 
     def put(
-        self, group: str, attempt: Callable[[], T | None], timeout_s: float
-    ) -> Future[T | None]:
-        """Join the queue; the future gets the result, None at the time-out, or the error.
+        self, group: str, group_hash: int, attempt: Callable[[], T | None], timeout_s: float
+    ) -> ThreadWaiter[T] | None:
+        """Join the queue from a thread; None if too many wait.
 
-        Cancelling the future leaves the queue.
+        `future` gets the result, None at the time-out, or the error.
         """
-        waiter = _Waiter(group, attempt, time.monotonic() + timeout_s)
-        with self._lock:
-            if self._closed:
-                raise ValueError("the router is closed")
-            first = not self._is_ahead(group)
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="shmcoord-waiting", daemon=True)
-                thread.start()  # may fail; it waits for our lock before it looks at the queue
-                self._thread = thread
-            self._waiters.append(waiter)
-            self._arrivals += 1
-            early = waiter.deadline < self._asleep_until
-        if first:
-            self._try(waiter)
-        if early:  # or his time-out would pass unnoticed until somebody else's
-            self._wake()
-        return waiter.future
+        waiter = ThreadWaiter[T](
+            group, group_hash, attempt, time.monotonic() + timeout_s, self._wake_ups.tickets()
+        )
+        return waiter if self._enqueue(waiter) else None
+
+    def put_async(
+        self, group: str, group_hash: int, attempt: Callable[[], T | None], timeout_s: float
+    ) -> LoopWaiter[T] | None:
+        """`put` for the running event loop; `leave` if the task is cancelled."""
+        import asyncio
+
+        waiter = LoopWaiter[T](
+            asyncio.get_running_loop(),
+            self._undo,
+            *(group, group_hash, attempt, time.monotonic() + timeout_s, self._wake_ups.tickets()),
+        )
+        return waiter if self._enqueue(waiter) else None
+
+    def leave(self, waiter: _Waiter[T]) -> None:
+        """Take a caller out who does not want to wait any longer."""
+        self._remove(waiter)
 
     def close(self) -> None:
         """Everybody's wait ends, as at the time-out."""
         with self._lock:
             self._closed = True
-            waiters = list(self._waiters)
-            self._waiters.clear()
+            waiters = [waiter for queue in self._queues.values() for waiter in queue]
+            told = self._begun and self._wake_ups.consume()
+            self._forget_all()
+            self._arrived.notify()
+        if told:
+            self._pass_on(None)
         for waiter in waiters:
-            self._finish(waiter, None)
+            waiter.settle(None, None)
+
+    # --- arriving and leaving
+
+    def _enqueue(self, waiter: _Waiter[T]) -> bool:
+        with self._lock:
+            if self._closed:
+                raise ValueError("the router is closed")
+            if self._count >= self._most:
+                return False
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="shmcoord-waiting", daemon=True)
+                thread.start()  # may fail; it waits for our lock before it looks at the queues
+                self._thread = thread
+            queue = self._queues.setdefault(waiter.group, collections.deque())
+            first = not any(not other.is_gone() for other in queue)
+            queue.append(waiter)
+            self._count += 1
+            heapq.heappush(self._deadlines, (waiter.deadline, next(self._order), waiter))
+            try:
+                self._begin()
+                self._publish()
+            except BaseException:
+                self._drop(waiter)
+                raise
+            early = waiter.deadline < self._asleep_until
+            self._arrived.notify()
+        if first:
+            self._try(waiter)
+        if early:  # or his time-out would pass unnoticed until somebody else's
+            self._wake_ups.wake()
+        return True
+
+    def _remove(self, waiter: _Waiter[T]) -> bool:
+        """Take a waiter out; False if somebody else has done so: he then answers for it."""
+        with self._lock:
+            if not waiter.queued:
+                return False
+            self._drop(waiter)
+            self._publish()
+            return True
+
+    def _drop(self, waiter: _Waiter[T]) -> None:
+        """The caller has the lock."""
+        waiter.queued = False
+        queue = self._queues[waiter.group]
+        if queue[0] is waiter:
+            queue.popleft()
+        else:
+            queue.remove(waiter)
+        if not queue:
+            del self._queues[waiter.group]
+        self._count -= 1
+        if not self._count:
+            self._deadlines.clear()
+
+    def _forget_all(self) -> None:
+        for queue in self._queues.values():
+            for waiter in queue:
+                waiter.queued = False
+        self._queues.clear()
+        self._deadlines.clear()
+        self._count = 0
+        self._publish()
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._wake_ups.begin()
+            self._begun = True
+
+    def _publish(self) -> None:
+        """Show our turns, or that we have none; the caller has the lock."""
+        if not self._begun:
+            return
+        if not self._count:
+            self._begun = False
+            self._wake_ups.end()
+            return
+        heads = [(queue[0].group_hash, queue[0].tickets) for queue in self._queues.values()]
+        if len(heads) > 1:
+            heads.sort(key=lambda head: head[1][0])
+        self._wake_ups.publish(heads, self._count)
+
+    # --- the thread
 
     def _run(self) -> None:
-        begun = False
         try:
-            self._begin()
-            begun = True
             while True:
-                ticket = self._ticket()
-                self._serve()
                 with self._lock:
-                    if not self._waiters:
-                        # Under the lock, or the next thread's begin could come before our end.
-                        begun = False
-                        self._end()
-                        self._thread = None
-                        return
+                    if not self._count:
+                        if not self._closed:
+                            self._arrived.wait(LINGER_S)
+                        if not self._count:
+                            self._thread = None
+                            return
+                self._serve(self._wake_ups.consume())
+                with self._lock:
+                    if not self._count:
+                        continue
                     now = time.monotonic()
-                    until = min(waiter.deadline for waiter in self._waiters)
-                    self._asleep_until = until = min(until, now + LOST_WAKEUP_S)
-                self._sleep(ticket, max(until - now, 0.0))
+                    until = min(self._next_deadline(), now + LOST_WAKEUP_S)
+                    self._asleep_until = until
+                self._wake_ups.sleep(max(until - now, 0.0))
                 self._asleep_until = float("-inf")
+                if not self._count and self._wake_ups.consume():
+                    self._pass_on(None)  # told for callers who have gone
         except BaseException as error:  # noqa: BLE001 - everybody who waits must learn of it
             with self._lock:
-                if begun:
-                    self._end()
                 self._thread = None
                 closed = self._closed
-                waiters = list(self._waiters)
-                self._waiters.clear()
+                waiters = [waiter for queue in self._queues.values() for waiter in queue]
+                self._forget_all()
             for waiter in waiters:
-                self._fail(waiter, error)
+                waiter.settle(None, error)
             if not closed:  # where the router was closed meanwhile, that is all there is to it
                 _log.exception("waiting for capacity ended")
 
-    def _serve(self) -> None:
-        """Let everybody try once, in order; behind one who fails, the others of his group wait."""
+    def _next_deadline(self) -> float:
+        while self._deadlines and not self._deadlines[0][2].queued:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else float("inf")
+
+    def _serve(self, told: bool) -> None:
+        """Let the callers of each group try in order, until one fails."""
+        for group in list(self._queues):
+            while True:
+                with self._lock:
+                    queue = self._queues.get(group)
+                    waiter = queue[0] if queue else None
+                if waiter is None:
+                    if told:
+                        self._pass_on(group)
+                    break
+                if waiter.is_gone():
+                    self._remove(waiter)
+                elif not self._try(waiter):
+                    break
+        now = time.monotonic()
         while True:
             with self._lock:
-                waiters = list(self._waiters)
-                arrivals = self._arrivals
-            stuck: set[str] = set()
-            for waiter in waiters:
-                if waiter.future.cancelled():
-                    self._remove(waiter)
-                elif waiter.group not in stuck and not self._try(waiter):
-                    stuck.add(waiter.group)
-                if time.monotonic() >= waiter.deadline and self._remove(waiter):
-                    self._finish(waiter, None)
-            with self._lock:
-                if arrivals == self._arrivals:
+                if self._next_deadline() > now:
                     return
+                waiter = self._deadlines[0][2]
+            if self._remove(waiter):
+                waiter.settle(None, None)
 
     def _try(self, waiter: _Waiter[T]) -> bool:
         """One attempt; whether the waiter is done with (served, failed or gone)."""
@@ -177,31 +384,11 @@ class WaitQueue(Generic[T]):
             result = waiter.attempt()
         except Exception as error:  # noqa: BLE001 - it belongs to the caller who waits
             if self._remove(waiter):
-                self._fail(waiter, error)
+                waiter.settle(None, error)
             return True
         if result is None:
             return False
-        if self._remove(waiter):
-            self._finish(waiter, result)
-        else:  # the other thread has just served him
+        # If somebody else has just served him, or he is gone: back with it.
+        if not self._remove(waiter) or not waiter.settle(result, None):
             self._undo(result)
         return True
-
-    def _remove(self, waiter: _Waiter[T]) -> bool:
-        """Take a waiter out; False if somebody else has done so: he then answers for it."""
-        with self._lock:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-                return True
-            return False
-
-    def _finish(self, waiter: _Waiter[T], result: T | None) -> None:
-        if waiter.future.set_running_or_notify_cancel():
-            waiter.future.set_result(result)
-        elif result is not None:
-            self._undo(result)
-
-    @staticmethod
-    def _fail(waiter: _Waiter[T], error: BaseException) -> None:
-        if waiter.future.set_running_or_notify_cancel():
-            waiter.future.set_exception(error)

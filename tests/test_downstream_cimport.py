@@ -14,7 +14,7 @@ import pytest
 from helpers import Child
 
 import shmcoord
-from shmcoord import Segment, State
+from shmcoord import NoBackend, Router, Segment, State
 
 pytest.importorskip("Cython", reason="Cython is not installed (extra `test`)")
 pytest.importorskip("setuptools", reason="setuptools is not installed (extra `test`)")
@@ -23,7 +23,6 @@ SOURCE = '''
 # cython: language_level=3, boundscheck=False
 """Reads a node's load word and record, and picks by a policy of its own, all without the GIL."""
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 
 from shmcoord._atomics cimport load_acquire_u32, load_acquire_u64
 from shmcoord._layout cimport (
@@ -32,12 +31,11 @@ from shmcoord._layout cimport (
     SHMC_R_SERVED,
     SHMC_RECORD_WORDS,
     SHMC_STATE_OPEN,
-    shmc_hot,
     shmc_record,
 )
 from shmcoord.backend cimport Backend
 from shmcoord.cells cimport death_is_alive
-from shmcoord.picker cimport candidate_t, candidates_t, policy_t
+from shmcoord.picker cimport candidates_t, is_open, native_policy, pick_t
 from shmcoord.status cimport (
     bits_to_double,
     record_read,
@@ -79,51 +77,20 @@ def read_record(Backend backend not None):
     }
 
 
-cdef int _longest(candidates_t* table, uint32_t skip, uint64_t* rng) noexcept nogil:
+cdef int _longest(candidates_t* table, const pick_t* pick) noexcept nogil:
     """The living open node with the longest queue; the contrary of what is wanted."""
     cdef uint32_t i
     cdef int found = -1
     cdef long long most = -1
     cdef uint64_t word
-    cdef const candidate_t* c
     for i in range(table.count):
-        c = &table.items[i]
-        word = load_acquire_u64(&c.hot.load)
-        if (word >> 44) != c.open_tag or not death_is_alive(load_acquire_u32(&c.hot.death)):
-            continue
-        if <long long>word_queue(word) > most:
+        if is_open(&table.items[i], pick, &word) and <long long>word_queue(word) > most:
             most = word_queue(word)
             found = <int>i
     return found
 
 
-cdef policy_t POLICY = _longest
-
-
-def pick_longest(list backends):
-    cdef candidates_t table
-    cdef Backend backend
-    cdef uint64_t rng = 1
-    cdef int index
-    cdef Py_ssize_t i
-    table.count = <uint32_t>len(backends)
-    table.cursor = 0
-    table.scratch = NULL
-    table.items = <candidate_t*>calloc(len(backends) + 1, sizeof(candidate_t))
-    if table.items == NULL:
-        raise MemoryError()
-    try:
-        for i in range(len(backends)):
-            backend = <Backend?>backends[i]
-            backend.mapping.check()
-            table.items[i].hot = backend.hot
-            table.items[i].inverse_weight = 1.0 / backend.info.weight
-            table.items[i].open_tag = (backend.info.generation & 0xFFFF) << 4 | SHMC_STATE_OPEN
-        with nogil:
-            index = POLICY(&table, 0xFFFFFFFF, &rng)
-    finally:
-        free(table.items)
-    return None if index < 0 else backends[index]
+LONGEST = native_policy("longest", _longest)
 '''
 
 SETUP = """
@@ -213,16 +180,21 @@ def test_a_native_reader_sees_nodes_of_another_process(
         assert (status.served, status.gauges) == (record["served"], {"fill": record["gauge"]})
 
         # A (5) before C (1) before B (0); then A drains, then everybody is dead.
-        assert downstream.pick_longest(backends) == a
-        assert downstream.pick_longest([b, c]) == c
-        child.say()
-        assert child.hear() == "drained"
-        assert a.state is State.DRAINING
-        assert not downstream.read_load(a)["open"]
-        assert downstream.pick_longest(backends) == c
-        child.kill()
-        assert not downstream.read_load(c)["alive"]
-        assert downstream.pick_longest(backends) is None
+        with Router(segment, policy=downstream.LONGEST) as router:
+            assert router.policy == "longest"
+            assert router.pick("G") == a
+            with router.acquire("G", exclude=[a]) as lease:
+                assert lease.backend == c
+            child.say()
+            assert child.hear() == "drained"
+            assert a.state is State.DRAINING
+            assert not downstream.read_load(a)["open"]
+            assert router.pick("G") == c
+            assert router.explain("G").chosen == c
+            child.kill()
+            assert not downstream.read_load(c)["alive"]
+            with pytest.raises(NoBackend):
+                router.pick("G")
         segment.reap()
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_steps": set(),
     # leaves of plain Python
     "errors": set(),
-    "policy": set(),
+    "policy": {"decision"},
     "update": set(),
     "waiting": set(),
     # native: the only code that touches shared memory
@@ -40,7 +40,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("_atomics", "_layout", "_posix", "_steps", "beat", "cells", "errors", "segment"),
         "status",
     },
-    "release": {"_atomics", "_posix", "liveness", "segment"},
+    "turns": {
+        *("_atomics", "_layout", "_posix", "_steps", "cells", "liveness", "segment", "status"),
+    },
+    "budget": {"_atomics", "errors", "segment"},
     "backend": {"_atomics", "_layout", "cells", "segment", "status"},
     "lease": {
         "_atomics",
@@ -53,17 +56,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "segment",
         "status",
     },
-    "picker": {
-        "_atomics",
-        "cells",
-        "_layout",
-        "backend",
-        "lease",
-        "liveness",
-        "policy",
-        "segment",
-        "status",
+    "picker": {"_atomics", "_layout", "cells", "policy", "status"},
+    "table": {"_atomics", "_layout", "backend", "liveness", "picker", "status"},
+    "explain": {
+        *("_atomics", "_layout", "_posix", "backend", "cells", "decision", "liveness", "picker"),
+        *("policy", "status", "table"),
     },
+    "trace": {"_atomics", "_layout", "_posix", "decision", "liveness", "segment", "status"},
     "observe": {
         "_atomics",
         "cells",
@@ -83,10 +82,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decision": {"backend", "status"},
     "router": {
         *("_atomics", "_layout", "_posix", "backend", "decision", "errors", "lease", "liveness"),
-        *("cells", "picker", "policy", "release", "segment", "status", "waiting"),
+        *("budget", "cells", "explain", "picker", "policy", "segment", "status", "table"),
+        *("trace", "turns", "waiting"),
     },
     "bulk": {"status"},
-    "api": {"backend", "bulk", "node", "observe", "segment", "status"},
+    "api": {"backend", "bulk", "decision", "node", "observe", "segment", "status", "trace"},
     # sending
     "transport": {"errors"},
     "dispatch": {"backend", "decision", "errors", "lease", "router", "transport"},

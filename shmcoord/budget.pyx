@@ -1,0 +1,71 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""A budget of retries that all routers of a segment share.
+
+Retries multiply load just when there is too much of it, so they are bounded by what requests earn
+(as in gRFC A6 and in Finagle's budget). The segment holds one number, the *debt*: thousandths of a
+retry that were spent and not earned back yet. Every router moves it by CAS; a router that dies
+takes nothing with it.
+"""
+from libc.stdint cimport uint64_t
+
+from shmcoord._atomics cimport cas_seqcst_u64, load_relaxed_u64
+from shmcoord.segment cimport Mapping
+
+from shmcoord.errors import SegmentForbidden
+
+
+cdef class RetryBudget:
+    """Whether one more retry may be made.
+
+    Args:
+        mapping: the segment whose routers share it.
+        ratio: retries that each request earns, 0 to 10.
+        burst: retries that may be made before any were earned, 0 to 10^9. Routers that give
+            different bounds still move the same number.
+    """
+
+    cdef Mapping mapping
+    cdef uint64_t earned, most
+
+    def __init__(self, Mapping mapping, double ratio=0.2, double burst=100):
+        if not 0 <= ratio <= 10:
+            raise ValueError(f"ratio must be between 0 and 10, not {ratio}")
+        if not 0 <= burst <= 1e9:
+            raise ValueError(f"burst must be between 0 and 1e9, not {burst}")
+        mapping.check()
+        if not mapping.m.writable:
+            raise SegmentForbidden(f"segment {mapping.name} is attached read-only")
+        self.mapping = mapping
+        self.earned = <uint64_t>(ratio * 1000)
+        self.most = <uint64_t>(burst * 1000)
+
+    def earn(self):
+        """Count one request; one load where nothing is owed."""
+        cdef uint64_t debt
+        self.mapping.check()
+        while True:
+            debt = load_relaxed_u64(&self.mapping.m.sync.retry_debt)
+            if debt == 0 or self.earned == 0 or cas_seqcst_u64(
+                &self.mapping.m.sync.retry_debt, debt, debt - min(debt, self.earned)
+            ):
+                return
+
+    def spend(self):
+        """Take one retry; False if the budget is spent."""
+        cdef uint64_t debt
+        self.mapping.check()
+        while True:
+            debt = load_relaxed_u64(&self.mapping.m.sync.retry_debt)
+            # What others wrote there is bounded before it is used.
+            if debt > self.most or debt + 1000 > self.most:
+                return False
+            if cas_seqcst_u64(&self.mapping.m.sync.retry_debt, debt, debt + 1000):
+                return True
+
+    @property
+    def left(self):
+        """Retries that may be made now."""
+        cdef uint64_t debt
+        self.mapping.check()
+        debt = load_relaxed_u64(&self.mapping.m.sync.retry_debt)
+        return (self.most - debt) / 1000.0 if debt < self.most else 0.0
