@@ -245,20 +245,37 @@ cdef int _power_of_two(candidates_t* table, const pick_t* pick) noexcept nogil:
 
 # --- hot-cold
 
+cdef inline int _compare(uint32_t tier, double first, double second, uint32_t other_tier,
+                         double other_first, double other_second) noexcept nogil:
+    """-1, 0 or 1, as (tier, first, second) is better than, equal to or worse than the other."""
+    if tier != other_tier:
+        return -1 if tier < other_tier else 1
+    if first != other_first:
+        return -1 if first < other_first else 1
+    if second != other_second:
+        return -1 if second < other_second else 1
+    return 0
+
+
 cdef int _hot_cold(candidates_t* table, const pick_t* pick) noexcept nogil:
     """The rule of Prequal (Wydrowski et al., NSDI 2024, section 4.2) over memory, not probes.
 
     Hot is a load above a quantile of the group's; among the cold the lowest latency wins, if none
-    is cold the lowest load. Of a large group a random sample is looked at, as large as Prequal's
-    pool of probes (16).
+    is cold the lowest load. Prequal's servers report the latency that requests had at about the
+    present number in flight. A node here publishes one smoothed latency; what one more request
+    would have is taken as that times (queue + 1): without it everybody herds to the node that was
+    the fastest, until it is hot. IDLE nodes come before busy ones, as in every policy. Of a large
+    group a random sample is looked at, as large as Prequal's pool of probes (16).
     """
     cdef uint32_t index[SAMPLE]
     cdef uint32_t tier[SAMPLE]
     cdef double load[SAMPLE]
     cdef double ordered[SAMPLE]
-    cdef uint32_t _draw, i, j, found = 0, ties = 0, best = 0, latency, best_latency
+    cdef double latency[SAMPLE]
+    cdef uint32_t _draw, i, j, found = 0, ties = 0, best = 0
     cdef uint64_t word
-    cdef double limit, score
+    cdef double limit
+    cdef int order
     cdef candidate_t* c
     if table.count > SAMPLE:
         for _draw in range(2 * <uint32_t>SAMPLE):
@@ -286,42 +303,38 @@ cdef int _hot_cold(candidates_t* table, const pick_t* pick) noexcept nogil:
         word = load_relaxed_u64(&c.hot.load)
         tier[i] = _tier(c, word)
         load[i] = _score(c, word)
+        latency[i] = load_relaxed_u32(&c.hot.latency_us) * (load[i] + 1.0)
         j = i
         while j > 0 and ordered[j - 1] > load[i]:
             ordered[j] = ordered[j - 1]
             j -= 1
         ordered[j] = load[i]
     limit = ordered[<uint32_t>(table.hot_quantile * (found - 1))]
-    best_latency = 0xFFFFFFFFu
-    score = 0.0
     for i in range(found):
         if load[i] > limit or tier[i] & 2:
             continue
-        latency = load_relaxed_u32(&table.items[index[i]].hot.latency_us)
-        if ties and (latency > best_latency or (latency == best_latency and load[i] > score)):
+        order = _compare(tier[i], latency[i], load[i], tier[best], latency[best], load[best])
+        if ties and order > 0:
             continue
-        if ties and latency == best_latency and load[i] == score:
+        if ties and order == 0:
             ties += 1
             if _random_below(pick.rng, ties) != 0:
                 continue
         else:
             ties = 1
         best = i
-        best_latency = latency
-        score = load[i]
-    if ties:
-        return <int>index[best]
-    best = 0
-    for i in range(found):
-        if ties and (tier[i] > tier[best] or (tier[i] == tier[best] and load[i] > load[best])):
-            continue
-        if ties and tier[i] == tier[best] and load[i] == load[best]:
-            ties += 1
-            if _random_below(pick.rng, ties) != 0:
+    if ties == 0:  # none is cold
+        for i in range(found):
+            order = _compare(tier[i], load[i], 0.0, tier[best], load[best], 0.0)
+            if ties and order > 0:
                 continue
-        else:
-            ties = 1
-        best = i
+            if ties and order == 0:
+                ties += 1
+                if _random_below(pick.rng, ties) != 0:
+                    continue
+            else:
+                ties = 1
+            best = i
     return <int>index[best]
 
 

@@ -67,7 +67,7 @@ POLICIES = MappingProxyType(
             Policy(
                 "hot-cold",
                 "nodes above a quantile of the group's load are hot; of the cold the lowest "
-                "latency wins, if none is cold the lowest load",
+                "latency times (queue + 1) wins, if none is cold the lowest load",
                 "where nodes differ in speed for reasons that their weights do not say",
             ),
             Policy(
