@@ -8,7 +8,11 @@ from shmcoord.table cimport Rules, Table
 from shmcoord.turns cimport Turns
 
 
+cdef class Router
+
+
 cdef class Ask:
+    cdef Router router
     cdef str group
     cdef uint64_t group_hash
     cdef uint64_t key
@@ -57,5 +61,6 @@ cdef class Router:
     cdef tuple _decide(self, Table table, str group, const pick_t* pick, object exclude,
                        bint is_real)
     cdef Participant _claim(self, Mapping mapping, uint32_t index)
+    cdef Lease _wait(self, Ask ask, double timeout_s)
     cdef object _queue(self, Ask ask)
     cdef object _expected_wait_s(self, Ask ask)

@@ -62,8 +62,13 @@ cdef uint64_t _hash_of(key) except? 0:
     return shmc_hash(raw, len(raw))
 
 
+@cython.freelist(16)
+@cython.no_gc  # it lives as long as one acquire, and its router outlives that
 cdef class Ask:
-    """What one acquire asks for."""
+    """What one acquire asks for; called, it tries once."""
+
+    def __call__(self):
+        return self.router._attempt(self)
 
 
 cdef class Router:
@@ -391,18 +396,21 @@ cdef class Router:
         """
         cdef Lease lease
         cdef Ask ask = self._ask(group, cost, key, explain, exclude, idle_only)
-        timeout_s = _check_timeout(timeout_s)
+        cdef double wait_s = _check_timeout(timeout_s)
         if idle_only:
-            timeout_s = 0.0
-        if not self._is_behind(ask, timeout_s > 0):
+            wait_s = 0.0
+        if not self._is_behind(ask, wait_s > 0):
             lease = self._attempt(ask)
             if lease is not None:
                 return lease
+        return self._wait(ask, wait_s)
+
+    cdef Lease _wait(self, Ask ask, double timeout_s):
+        """Stand in the queue, on a thread."""
+        cdef Lease lease
         if timeout_s <= 0:
             self._raise_saturated(ask, timeout_s)
-        waiter = self._queue(ask).put(
-            ask.group, ask.group_hash, lambda: self._attempt(ask), min(timeout_s, 1e6)
-        )
+        waiter = self._queue(ask).put(ask.group, ask.group_hash, ask, min(timeout_s, 1e6))
         if waiter is None:
             self._raise_saturated(ask, -1.0)
         future = waiter.future
@@ -434,8 +442,7 @@ cdef class Router:
         if timeout_s <= 0:
             self._raise_saturated(ask, timeout_s)
         waiter = self._queue(ask).put_async(
-            (<Ask>ask).group, (<Ask>ask).group_hash, lambda: self._attempt(ask),
-            min(timeout_s, 1e6),
+            (<Ask>ask).group, (<Ask>ask).group_hash, ask, min(timeout_s, 1e6)
         )
         if waiter is None:
             self._raise_saturated(ask, -1.0)
@@ -464,6 +471,7 @@ cdef class Router:
         if not 1 <= cost <= SHMC_COST_MAX:
             raise ValueError(f"cost must be between 1 and {SHMC_COST_MAX}, not {cost}")
         ask = Ask.__new__(Ask)
+        ask.router = self
         ask.group = <str>group
         ask.cost = cost
         ask.key = 0 if key is None else _hash_of(key)
@@ -768,8 +776,8 @@ cdef class Router:
         return f"<Router over {names}, {self.policy}{', closed' if self.is_closed else ''}>"
 
 
-def _check_timeout(timeout_s):
-    timeout_s = float(timeout_s)
+cdef double _check_timeout(given) except -1.0:
+    cdef double timeout_s = given
     if timeout_s != timeout_s or timeout_s < 0:
         raise ValueError(f"timeout_s must not be negative, not {timeout_s}")
     return timeout_s
