@@ -10,21 +10,30 @@ Three things prove that it was not:
 - the node refused the lease before it did anything (`LeaseLost`);
 - nodes adopt their leases first (`adopts=True`), the connection broke (`ConnectionLost`), and
   we could free the lease ourselves: it had not been adopted, and now nobody can adopt it.
+
+A method that is declared `idempotent` may be executed twice, so a broken connection leads elsewhere
+always, and it may be hedged (`hedge_after_s`).
+
+Every attempt behind the first spends from a budget that all routers of the segment share and that
+requests earn (`RetryBudget`), so that retries cannot multiply an overload.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
+from shmcoord.hedging import HedgePool, hedge_async
 from shmcoord.transport import AsyncTransport, ConnectionLost, Transport, Unreachable
 
 if TYPE_CHECKING:
     from shmcoord.backend import Backend
+    from shmcoord.budget import RetryBudget
     from shmcoord.decision import Decision
     from shmcoord.lease import Lease
     from shmcoord.router import Router
@@ -35,6 +44,35 @@ __all__ = ["AsyncDispatcher", "Attempt", "Dispatcher", "NoneReachable", "Respons
 _LONGEST_WAIT_S = 3600.0
 
 OnDecision = Callable[["Decision", "Lease"], None]
+
+
+class _Rules(NamedTuple):
+    """What a dispatcher was told once."""
+
+    router: Router
+    adopts: bool
+    idempotent: Collection[str]
+    budget: RetryBudget
+    hedge_after_s: float | None
+
+    def hedges(self, method: str) -> bool:
+        return self.hedge_after_s is not None and method in self.idempotent
+
+
+def _rules(
+    router: Router,
+    adopts: bool,
+    idempotent: Collection[str],
+    budget: RetryBudget | None,
+    hedge_after_s: float | None,
+) -> _Rules:
+    if isinstance(idempotent, str):
+        raise TypeError("idempotent must be several methods, not one str")
+    if hedge_after_s is not None and not hedge_after_s >= 0:
+        raise ValueError(f"hedge_after_s must not be negative, not {hedge_after_s}")
+    if budget is None:
+        budget = router.retry_budget()
+    return _Rules(router, adopts, frozenset(idempotent), budget, hedge_after_s)
 
 
 class Attempt(NamedTuple):
@@ -60,15 +98,16 @@ class NoneReachable(NoBackend):
 class _Course:
     """What one call has tried so far, how much time it has left, and where it may go now."""
 
-    __slots__ = ("_adopts", "_ends", "_group", "_router", "_tried", "exclude")
+    __slots__ = ("_ends", "_group", "_may_repeat", "_rules", "_tried", "exclude")
 
-    def __init__(self, router: Router, group: str, adopts: bool, timeout_s: float | None) -> None:
+    def __init__(self, rules: _Rules, group: str, method: str, timeout_s: float | None) -> None:
         if timeout_s is not None and math.isnan(timeout_s):
             raise ValueError("timeout_s is not a number")
         self._ends = None if timeout_s is None else time.monotonic() + timeout_s
-        self._router = router
+        self._rules = rules
         self._group = group
-        self._adopts = adopts
+        self._may_repeat = method in rules.idempotent
+        rules.budget.earn()
         self._tried: list[Attempt] = []
         self.exclude: tuple[Backend, ...] = ()  # each node at most once per call
 
@@ -105,18 +144,37 @@ class _Course:
         return self._tried[-1].error if self._tried else None
 
     def leave(self, lease: Lease, error: BaseException) -> bool:
-        """Give the lease back after a failure; tell if the request may be sent elsewhere."""
+        """Give the lease back after a failure; tell if the request may be sent elsewhere.
+
+        Raises:
+            NoneReachable: It might, but the retry budget is spent.
+        """
         ours = lease.release()
         if not isinstance(error, (Unreachable, LeaseLost, ConnectionLost)):
             return False
-        if isinstance(error, ConnectionLost) and not (self._adopts and ours):
+        if isinstance(error, ConnectionLost) and not (
+            self._may_repeat or (self._rules.adopts and ours)
+        ):
             return False
-        self._router.mark_unreachable(lease.backend)  # for other calls
+        self._rules.router.mark_unreachable(lease.backend)  # for other calls
         self.exclude = (*self.exclude, lease.backend)
         # Without its traceback, which would tie this record, the request and the frames
         # together in a cycle.
         self._tried.append(Attempt(lease.node, lease.endpoint, error.with_traceback(None)))
+        if not self._rules.budget.spend():
+            text = f"the retry budget that the host's routers share is spent{self._tried_text()}"
+            raise NoneReachable(text, tuple(self._tried)) from error
         return True
+
+    def acquire_idle(self, cost: int, others: tuple[Backend, ...]) -> Lease | None:
+        """Return a lease for a hedge, on an idle node; None if the budget is spent."""
+        lease = self._rules.router.acquire(
+            self._group, 0.0, cost, exclude=(*self.exclude, *others), idle_only=True
+        )
+        if self._rules.budget.spend():
+            return lease
+        lease.release()
+        return None
 
     def _tried_text(self) -> str:
         if not self._tried:
@@ -131,7 +189,7 @@ class Dispatcher:
     nor the transport: whoever made them closes them.
     """
 
-    __slots__ = ("_adopts", "_on_decision", "_router", "_transport")
+    __slots__ = ("_hedges", "_on_decision", "_rules", "_transport")
 
     def __init__(
         self,
@@ -140,6 +198,9 @@ class Dispatcher:
         *,
         adopts: bool = False,
         on_decision: OnDecision | None = None,
+        idempotent: Collection[str] = (),
+        budget: RetryBudget | None = None,
+        hedge_after_s: float | None = None,
     ) -> None:
         """Make a dispatcher.
 
@@ -150,11 +211,18 @@ class Dispatcher:
                 broken connection also leads to another node, if the lease had not been adopted.
             on_decision: Called with the decision and the lease before each sending, for logs.
                 An error that it raises ends the call.
+            idempotent: Methods that may be executed twice: these are sent elsewhere after any
+                broken connection, and hedged.
+            budget: Of retries and hedges; by default `router.retry_budget()`, which all routers
+                of the segment share.
+            hedge_after_s: Ask a second node, if one is idle, when the first has not answered an
+                idempotent request for so many seconds; the first answer counts. Take a high
+                percentile of the latency. None: never.
         """
-        self._router = router
+        self._rules = _rules(router, adopts, idempotent, budget, hedge_after_s)
         self._transport = transport
-        self._adopts = adopts
         self._on_decision = on_decision
+        self._hedges = HedgePool() if hedge_after_s is not None else None
 
     def call(
         self,
@@ -182,30 +250,40 @@ class Dispatcher:
             ConnectionLost: The connection broke after the request may have been executed.
             Exception: Whatever else the transport or the node raised.
         """
-        course = _Course(self._router, group, self._adopts, timeout_s)
+        course = _Course(self._rules, group, method, timeout_s)
         explain = self._on_decision is not None
         while True:
             try:
-                lease = self._router.acquire(
+                lease = self._rules.router.acquire(
                     group, course.wait_s(), cost, explain=explain, exclude=course.exclude
                 )
             except (NoBackend, Saturated) as error:
                 raise course.no_lease(error) from course.last_error()
+            in_use = False
             try:
                 _tell(self._on_decision, lease)
-                response = self._transport.send(
-                    lease.endpoint,
-                    method,
-                    request,
-                    lease=lease.token,
-                    timeout_s=course.left_s(),
-                )
+                if self._hedges is not None and self._rules.hedges(method):
+                    assert self._rules.hedge_after_s is not None
+                    response, in_use = self._hedges.call(
+                        lease,
+                        self._rules.hedge_after_s,
+                        partial(course.acquire_idle, cost),
+                        partial(self._send, course, method, request),
+                    )
+                else:
+                    response = self._send(course, method, request, lease)
             except BaseException as error:
                 if not course.leave(lease, error):
                     raise
             else:
-                lease.release()
+                if not in_use:
+                    lease.release()
                 return response
+
+    def _send(self, course: _Course, method: str, request: Any, lease: Lease) -> Any:
+        return self._transport.send(
+            lease.endpoint, method, request, lease=lease.token, timeout_s=course.left_s()
+        )
 
 
 class AsyncDispatcher:
@@ -214,7 +292,7 @@ class AsyncDispatcher:
     It may be used by many tasks of one loop. It owns neither the router nor the transport.
     """
 
-    __slots__ = ("_adopts", "_on_decision", "_router", "_transport")
+    __slots__ = ("_on_decision", "_rules", "_transport")
 
     def __init__(
         self,
@@ -223,11 +301,13 @@ class AsyncDispatcher:
         *,
         adopts: bool = False,
         on_decision: OnDecision | None = None,
+        idempotent: Collection[str] = (),
+        budget: RetryBudget | None = None,
+        hedge_after_s: float | None = None,
     ) -> None:
         """Make a dispatcher; arguments as those of `Dispatcher`."""
-        self._router = router
+        self._rules = _rules(router, adopts, idempotent, budget, hedge_after_s)
         self._transport = transport
-        self._adopts = adopts
         self._on_decision = on_decision
 
     async def call(
@@ -242,24 +322,32 @@ class AsyncDispatcher:
 
         Cancelling it stops the sending, releases the lease and lets the cancellation through.
         """
-        course = _Course(self._router, group, self._adopts, timeout_s)
+        course = _Course(self._rules, group, method, timeout_s)
         while True:
             lease = await self._acquire(course, group, cost)
             try:
                 _tell(self._on_decision, lease)
-                response = await self._transport.send(
-                    lease.endpoint,
-                    method,
-                    request,
-                    lease=lease.token,
-                    timeout_s=course.left_s(),
-                )
+                if self._rules.hedges(method):
+                    assert self._rules.hedge_after_s is not None
+                    response = await hedge_async(
+                        lease,
+                        self._rules.hedge_after_s,
+                        partial(course.acquire_idle, cost),
+                        partial(self._send, course, method, request),
+                    )
+                else:
+                    response = await self._send(course, method, request, lease)
             except BaseException as error:
                 if not course.leave(lease, error):
                     raise
             else:
                 lease.release()
                 return response
+
+    async def _send(self, course: _Course, method: str, request: Any, lease: Lease) -> Any:
+        return await self._transport.send(
+            lease.endpoint, method, request, lease=lease.token, timeout_s=course.left_s()
+        )
 
     def stream(
         self,
@@ -280,7 +368,7 @@ class AsyncDispatcher:
 
     async def _acquire(self, course: _Course, group: str, cost: int) -> Lease:
         try:
-            return await self._router.acquire_async(
+            return await self._rules.router.acquire_async(
                 group,
                 course.wait_s(),
                 cost,
@@ -367,7 +455,7 @@ class ResponseStream(AsyncIterator[Any]):
         """Find a node that answers and return its first response."""
         group, method, request, timeout_s, cost = self._args
         dispatcher = self._dispatcher
-        course = _Course(dispatcher._router, group, dispatcher._adopts, timeout_s)
+        course = _Course(dispatcher._rules, group, method, timeout_s)
         while True:
             lease = self._lease = await dispatcher._acquire(course, group, cost)
             try:

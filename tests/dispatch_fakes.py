@@ -29,6 +29,23 @@ class FakeLease:
 
 
 @dataclass
+class FakeBudget:
+    """As many retries as are left; counts what requests earned."""
+
+    left: float = 1000.0
+    earned: int = 0
+
+    def earn(self) -> None:
+        self.earned += 1
+
+    def spend(self) -> bool:
+        if self.left < 1:
+            return False
+        self.left -= 1
+        return True
+
+
+@dataclass
 class FakeRouter:
     """Gives leases on the nodes in their order; those marked come last, like the real one's."""
 
@@ -38,6 +55,11 @@ class FakeRouter:
     marked: list[str] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     leases: dict[str, FakeLease] = field(default_factory=dict)
+    budget: FakeBudget = field(default_factory=lambda: FakeBudget())
+    idle: bool = True
+
+    def retry_budget(self) -> FakeBudget:
+        return self.budget
 
     def acquire(
         self,
@@ -47,9 +69,10 @@ class FakeRouter:
         *,
         explain: bool = False,
         exclude: tuple[Any, ...] = (),
+        idle_only: bool = False,
     ) -> FakeLease:
         self.waits.append(timeout_s)
-        if self.saturated:
+        if self.saturated or (idle_only and not self.idle):
             raise Saturated(f"group {group}: all at capacity")
         nodes = [name for name in self.nodes if name not in {b.node for b in exclude}]
         if not nodes:

@@ -89,7 +89,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": {"backend", "bulk", "decision", "node", "observe", "segment", "status", "trace"},
     # sending
     "transport": {"errors"},
-    "dispatch": {"backend", "decision", "errors", "lease", "router", "transport"},
+    "hedging": {"backend", "errors", "lease"},
+    "dispatch": {
+        *("backend", "budget", "decision", "errors", "hedging", "lease", "router", "transport"),
+    },
     "": {
         *("api", "backend", "decision", "dispatch", "errors", "lease", "node", "policy", "router"),
         *("segment", "status", "transport"),
