@@ -1,5 +1,6 @@
 """The service of every node: it answers its team's part of a query."""
 
+import asyncio
 import hmac
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from servers.closing import Calls
 from servers.config import Cluster
 from servers.data import DataError, Dataset, SearchInterruptedError
 from servers.gateway import MAX_WORDS
@@ -70,12 +72,22 @@ class NodeService(pb_grpc.NodeServicer):
         self._most = _UNLEASED * cluster.capacity(name)
         self.load = OwnLoad()
         self.serving: Serving | None = None
+        self._running: set[asyncio.Future[None]] = set()
+        self.calls = Calls()
         self.draining = False
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Ends what still runs, and takes nothing more; the clients are told UNAVAILABLE."""
+        self.stopped = True
+        for work in self._running:
+            work.cancel()
 
     async def Answer(  # noqa: N802
         self, request: pb.PartRequest, context: AnswerContext
     ) -> None:
         """Streams this node's rows for a part, then the part's summary."""
+        self.calls.enter(context)
         with absence_cancels():
             writer = Writer(context)
             try:
@@ -95,14 +107,15 @@ class NodeService(pb_grpc.NodeServicer):
         with await self._accepted(self.serving.participant, context), self.load.request():
             # The gateway always sets a deadline, at which gRPC ends the request; others may not.
             limit_s = time_limit_s(context, self._cluster.cluster.timeout_s)
-            await in_time(self._answer(self.serving, request, writer), limit_s)
+            work = self._answer(self.serving, request, writer)
+            await in_time(work, limit_s, self._running)
 
     async def _accepted(
         self, participant: Participant, context: AnswerContext
     ) -> AbstractContextManager[object]:
         """The request as shmcoord counts it: the router's lease, or one of our own."""
         token = lease_token(context)
-        if token is None and self.draining:
+        if self.stopped or (token is None and self.draining):
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self._name} is draining")
         if token is None and self.load.inflight >= self._most:
             await context.abort(
@@ -136,7 +149,7 @@ class NodeService(pb_grpc.NodeServicer):
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
         except SearchInterruptedError:
             text = "the search was interrupted"
-            raise Refusal(grpc.StatusCode.CANCELLED, text) from None
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, text) from None
         summary = pb.PartSummary(
             team=self._team,
             node=self._name,

@@ -14,6 +14,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from servers.closing import Calls
 from servers.config import Cluster
 from servers.merging import SourceError, merged
 from servers.pb import shmcoord_cluster_pb2 as pb
@@ -53,6 +54,7 @@ class GatewayService(pb_grpc.GatewayServicer):
         self._cluster = cluster
         self._parts = parts
         self._running: set[asyncio.Future[None]] = set()
+        self.calls = Calls()
         self.draining = False
 
     @property
@@ -69,6 +71,7 @@ class GatewayService(pb_grpc.GatewayServicer):
         self, request: pb.QueryRequest, context: Context
     ) -> None:
         """Streams the rows of the teams asked, or the merged aggregate, and a summary."""
+        self.calls.enter(context)
         with absence_cancels():
             writer = Writer(context)
             try:

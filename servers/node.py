@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 import shmcoord
 from servers.answering import NodeService, Serving
+from servers.closing import close
 from servers.config import Cluster
 from servers.data import Dataset
 from servers.gateway import GatewayService
@@ -62,7 +63,7 @@ _OTHER_CALLS = 256
 _PART_OPTIONS = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 18)]
 # While it drains, a node looks this often whether it is done; in seconds.
 _DRAIN_LOOK_S = 0.02
-# What still runs after that are watchers of its health, and whoever came at the last moment.
+# How long clients have to take in their status after that; not all of them read.
 _LAST_CALLS_S = 0.2
 _LAST_SEARCHES_S = 2.0
 
@@ -130,9 +131,12 @@ async def run(cluster: Cluster, name: str) -> None:
         node.drain()
         await probes.enter_graceful_shutdown()
         await _finish(cluster, service, gateway, node, stop)
+        service.stop()
+        await service.calls.told(_LAST_CALLS_S)
         if gateway is not None:
             gateway.stop()
-        await server.stop(_LAST_CALLS_S)
+            await gateway.calls.told(_LAST_CALLS_S)
+        await close(server, cluster.endpoint(name))
         # Requests that were cancelled give back what they held once their searches have ended.
         await _while(lambda: service.load.inflight > 0, _LAST_SEARCHES_S, asyncio.Event())
         node.shutdown()

@@ -15,11 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "shmcoord", "tests")
-# Not test_lifecycle: its model is of processes whose timing a slow build changes from run to run,
-# which Hypothesis refuses as inconsistent.
 CORE = (
     "segment", "liveness", "status", "lease", "node", "observe", "picker", "router", "waiting",
-    "fork", "update", "dispatch",
+    "fork", "update", "dispatch", "lifecycle",
 )  # fmt: skip
 FAULTS = ("header", "storage", "exhausted", "namespaces", "fuzz")
 #: Overruns a block of the heap by ctypes: must be reported, or nothing would be.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import signal
 import time
@@ -78,31 +79,77 @@ class Outcome:
     served: dict[str, str] = field(default_factory=dict)
 
 
+#: What any gRPC client may be given, whatever it is written in: ask again who is not there.
+ASK_AGAIN = {
+    "name": [{}],
+    "waitForReady": True,
+    "retryPolicy": {
+        "maxAttempts": 5,
+        "initialBackoff": "0.3s",
+        "maxBackoff": "3s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    },
+}
+SERVICE_CONFIG = ("grpc.service_config", json.dumps({"methodConfig": [ASK_AGAIN]}))
+
+
+async def ask_plainly(stub: pb_grpc.GatewayStub, request: pb.QueryRequest) -> client.Answer:
+    """As a client does that has nothing of ours but the .proto file; codes are gRPC's own."""
+    answer = client.Answer()
+    try:
+        async for chunk in stub.Query(request, timeout=20.0):
+            if chunk.HasField("summary"):
+                answer.summary = chunk.summary
+    except grpc.aio.AioRpcError as error:
+        raise client.QueryError(error.code(), error.details() or "") from None
+    return answer
+
+
 @contextlib.asynccontextmanager
-async def load(running: Running, retry_s: float = 0.0) -> AsyncIterator[list[Outcome]]:
-    """Queries by some clients at once for as long as the `async with` lasts; how they went."""
+async def load(
+    running: Running,
+    retry_s: float = 0.0,
+    *,
+    plain: bool = False,
+    more: tuple[tuple[str, object], ...] = (),
+    request: pb.QueryRequest | None = None,
+) -> AsyncIterator[list[Outcome]]:
+    """Queries by some clients at once for as long as the `async with` lasts; how they went.
+
+    Args:
+        running: the cluster.
+        retry_s: for so many seconds our own client asks again.
+        plain: with a client that is not ours.
+        more: further options for its channel.
+        request: what is asked.
+    """
     outcomes: list[Outcome] = []
     ending = asyncio.Event()
-    request = pb.QueryRequest(words=WORDS, limit=5)
+    request = request or pb.QueryRequest(words=WORDS, limit=5)
 
     async def work() -> None:
         options = [
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 100),
+            *more,
         ]
         async with grpc.aio.insecure_channel(running.gateway, options) as channel:
             stub = pb_grpc.GatewayStub(channel)
             while not ending.is_set():
                 outcome = Outcome(time.monotonic())
                 try:
-                    answer = await client.ask(stub, request, 20.0, retry_s)
+                    if plain:
+                        answer = await ask_plainly(stub, request)
+                    else:
+                        answer = await client.ask(stub, request, 20.0, retry_s)
                 except client.QueryError as error:
                     outcome.code, outcome.says = error.code, str(error)
                 else:
                     outcome.asked = answer.asked
                     outcome.served = {part.team: part.node for part in answer.summary.parts}
-                    assert answer.summary.matched == ROWS_FOUND
+                    assert answer.summary.matched == len(matching(list(request.words)))
                 outcome.ended = time.monotonic()
                 outcomes.append(outcome)
                 await asyncio.sleep(random.random() * 0.02)  # the machine has others, too
@@ -286,35 +333,79 @@ async def test_a_node_that_stands_still_and_goes_on(
     )
 
 
+async def restarted(running: Running, name: str) -> None:
+    assert await asyncio.to_thread(running.end, name) == 0
+    await asyncio.to_thread(running.start, name)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["our client", "a plain client"])
 async def test_a_rolling_restart_loses_nothing(
-    nodes: Running,
-    full: bool,
-    report: Callable[..., None],
+    nodes: Running, full: bool, report: Callable[..., None], plain: bool
 ):
     """Nodes: no client notices. The gateway: clients ask again, and are answered."""
-    names = 10 * "BCDEF" if full else "BE"
-    async with load(nodes) as outcomes:
+    names, gateways = (10 * "BCDEF", 10) if full else ("BE", 1)
+    async with load(nodes, plain=plain) as outcomes:
         for name in names:
-            assert await asyncio.to_thread(nodes.end, name) == 0
-            await asyncio.to_thread(nodes.start, name)
+            await restarted(nodes, name)
     assert not failed(outcomes)
-    assert {node for outcome in outcomes for node in outcome.served.values()} == set(NODES)
-    async with load(nodes, retry_s=20.0) as through:
-        assert await asyncio.to_thread(nodes.end, "A") == 0
-        await asyncio.to_thread(nodes.start, "A")
-        restarted = time.monotonic()
-        await until(lambda: sum(o.began > restarted for o in through) > WORKERS)
+    if full:
+        assert {node for outcome in outcomes for node in outcome.served.values()} == set(NODES)
+    async with load(nodes, 20.0, plain=plain, more=(SERVICE_CONFIG,) * plain) as through:
+        for _ in range(gateways):
+            await restarted(nodes, "A")
+            began = time.monotonic()
+            await until(lambda at=began: sum(o.began > at for o in through) > WORKERS)
     assert not failed(through)
-    again = sum(outcome.asked > 1 for outcome in through)
     await nothing_held(nodes)
     report(
-        "rolling restart under load",
-        restarts=len(names) + 1,
+        "rolling restart under load, " + ("a plain gRPC client" if plain else "the client's"),
+        restarts=len(names) + gateways,
         queries=len(outcomes) + len(through),
         failed=0,
-        asked_again_while_the_gateway_restarted=again,
         cells_held=nodes.cells(),
     )
+
+
+async def test_a_gateway_that_ends_says_unavailable(
+    nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
+):
+    """Who does not ask again hears UNAVAILABLE, never CANCELLED: that is for clients to say."""
+    restarts = count(2, 30)
+    codes: Counter[grpc.StatusCode] = Counter()
+    async with load(nodes, plain=True) as outcomes:
+        for _ in range(restarts):
+            await restarted(nodes, "A")
+    codes.update(outcome.code for outcome in outcomes)
+    assert set(codes) == {OK, UNAVAILABLE}, codes
+    await nothing_held(nodes)
+    report(
+        "a gateway that ends, plain gRPC clients that do not ask again",
+        restarts=restarts,
+        queries=len(outcomes),
+        UNAVAILABLE=codes[UNAVAILABLE],
+        other_status=0,
+    )
+
+
+async def test_restarting_without_a_drain_is_found(nodes: Running, report: Callable[..., None]):
+    """The control: the same restarts, but the nodes have no time to finish what they run."""
+    request = pb.QueryRequest(words=["lorem"], limit=2000)
+    restarts = 0
+    while restarts < 40:
+        async with load(nodes, plain=True, request=request) as outcomes:
+            for name in "BE":
+                await asyncio.to_thread(nodes.kill, name)
+                await asyncio.to_thread(nodes.start, name)
+                restarts += 1
+        if failed(outcomes):
+            break
+    await nothing_held(nodes)
+    report(
+        "rolling restart under load, control without a drain",
+        restarts=restarts,
+        failed=len(failed(outcomes)),
+    )
+    assert failed(outcomes)
 
 
 async def test_cancelled_requests_leave_nothing(

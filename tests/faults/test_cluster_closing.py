@@ -1,0 +1,146 @@
+"""Servers that end while clients ask: UNAVAILABLE for whoever is not answered any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from cluster_helpers import until
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from servers import closing, config
+from servers.gateway import GatewayService
+from servers.pb import shmcoord_cluster_pb2 as pb
+from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
+
+OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
+CANCELLED = grpc.StatusCode.CANCELLED
+ALONE = [("grpc.use_local_subchannel_pool", 1)]
+WATCHERS, ASKING = 4, 8
+
+
+class NoParts:
+    """Nodes that have not a row."""
+
+    async def stream(
+        self, group: str, method: str, request: pb.PartRequest, timeout_s: float | None = None
+    ) -> AsyncIterator[pb.PartChunk]:
+        await asyncio.sleep(0.001)
+        yield pb.PartChunk(node="B", summary=pb.PartSummary(team=group, node="B"))
+
+
+async def codes_of_one_end(
+    endpoint: str, end: Callable[[grpc.aio.Server, str], object]
+) -> Counter[grpc.StatusCode]:
+    """A gateway that ends under watchers of its health and clients that ask and ask."""
+    gateway = GatewayService(config.load(), NoParts())
+    server = grpc.aio.server()
+    pb_grpc.add_GatewayServicer_to_server(gateway, server)
+    probes = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_pb2_grpc.add_HealthServicer_to_server(probes, server)
+    port = server.add_insecure_port(endpoint)
+    if not endpoint.startswith("unix:"):
+        endpoint = f"127.0.0.1:{port}"
+    await server.start()
+    codes: Counter[grpc.StatusCode] = Counter()
+    ended = asyncio.Event()
+
+    async def code_of(call: grpc.aio.UnaryStreamCall) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for _ in call:
+                pass
+        codes[await call.code()] += 1
+
+    async def ask(stub: pb_grpc.GatewayStub) -> None:
+        while not ended.is_set():
+            await code_of(stub.Query(pb.QueryRequest(), timeout=10))
+
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(endpoint, ALONE))
+            for _ in range(4)
+        ]
+        watching = [
+            asyncio.create_task(
+                code_of(
+                    health_pb2_grpc.HealthStub(channels[number % 4]).Watch(
+                        health_pb2.HealthCheckRequest()
+                    )
+                )
+            )
+            for number in range(WATCHERS)
+        ]
+        asking = [
+            asyncio.create_task(ask(pb_grpc.GatewayStub(channels[number % 4])))
+            for number in range(ASKING)
+        ]
+        await until(lambda: codes[OK] > 4 * ASKING, lambda: str(codes))
+        gateway.draining = True
+        gateway.stop()
+        await gateway.calls.told(0.2)
+        await end(server, endpoint)
+        ended.set()
+        await asyncio.gather(*watching, *asking)
+    return codes
+
+
+@pytest.mark.parametrize("kind", ["port", "socket"])
+async def test_who_is_not_answered_hears_unavailable(
+    tmp_path: Path, kind: str, count: Callable[[int, int], int], report: Callable[..., None]
+):
+    ends = count(10, 300)
+    codes: Counter[grpc.StatusCode] = Counter()
+    for number in range(ends):
+        endpoint = "127.0.0.1:0" if kind == "port" else f"unix:{tmp_path}/{number}"
+        codes += await codes_of_one_end(endpoint, closing.close)
+    report(
+        f"a server that ends, on a {kind}",
+        ends=ends,
+        OK=codes[OK],
+        UNAVAILABLE=codes[UNAVAILABLE],
+        CANCELLED=codes[CANCELLED],
+    )
+    assert set(codes) == {OK, UNAVAILABLE}, codes
+    assert codes[UNAVAILABLE] >= ends * WATCHERS
+
+
+async def test_stopping_alone_cancels(report: Callable[..., None]):
+    """The control: what `grpc.aio.Server.stop` does to the same clients."""
+    codes = await codes_of_one_end("127.0.0.1:0", lambda server, _: server.stop(0.1))
+    report("a server that ends, control by stop(grace) alone", CANCELLED=codes[CANCELLED])
+    assert codes[CANCELLED] >= WATCHERS
+
+
+def test_only_the_server_s_own_connections_are_closed():
+    """Not those of the same process to others, nor those on other ports."""
+    import socket
+
+    with contextlib.ExitStack() as stack:
+
+        def listening() -> socket.socket:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            return listener
+
+        ours, other = listening(), listening()
+        ends = []
+        for listener in (ours, other):
+            client = stack.enter_context(socket.create_connection(listener.getsockname()))
+            accepted = stack.enter_context(listener.accept()[0])
+            client.settimeout(5)
+            ends.append((client, accepted))
+        ends[0][1].sendall(b"last words")
+        assert closing.sever(f"127.0.0.1:{ours.getsockname()[1]}") == 1
+        assert ends[0][0].recv(100) == b"last words"
+        assert ends[0][0].recv(100) == b""
+        ends[1][1].sendall(b"x")
+        assert ends[1][0].recv(100) == b"x"
+        stack.enter_context(socket.create_connection(ours.getsockname()))
+        stack.enter_context(ours.accept()[0])  # it still listens
