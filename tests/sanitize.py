@@ -91,7 +91,9 @@ def main() -> int:
             return 1
         tests = [f"tests/test_{module}.py" for module in CORE]
         tests += [f"tests/faults/test_{module}.py" for module in FAULTS]
-        command = [sys.executable, "-m", "pytest", "-q", "--timeout=600", *(sys.argv[1:] or tests)]
+        if any(not argument.startswith("-") for argument in sys.argv[1:]):
+            tests = []  # others are named
+        command = [sys.executable, "-m", "pytest", "-q", "--timeout=600", *sys.argv[1:], *tests]
         return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
