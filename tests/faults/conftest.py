@@ -1,8 +1,8 @@
 """Counts, the report, and the builds of the fault harness.
 
 `make test` runs every row at a reduced count, `make faults` at the full one (SHMCOORD_FAULTS=full).
-Each row prints one line `FAULT <row>: <what was counted>`, which is also appended to the file that
-SHMCOORD_FAULTS_REPORT names.
+Each row prints one line `FAULT <row>: <what was counted>`, and appends it as JSON to the file that
+SHMCOORD_FAULTS_JSON names, of which `fault_table.py` makes the table of docs/reliability.md.
 
 Fixtures:
     full: whether the full counts are wanted.
@@ -22,7 +22,9 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import fault_table
 import pytest
 from fault_helpers import with_path
 from helpers import Child
@@ -46,7 +49,55 @@ FULL = os.environ.get("SHMCOORD_FAULTS", "") == "full"
 TIMEOUT_S = 3600 if FULL else 300
 #: Seconds after which a build of other sources is removed.
 OLD_BUILD_S = 7 * 86400
-_lines: list[str] = []
+#: Where each row is written as a line of JSON; "" for nowhere.
+JSON = os.environ.get("SHMCOORD_FAULTS_JSON", "")
+_rows: list[fault_table.Row] = []
+_others: list[fault_table.Row] = []
+_began = time.monotonic()
+
+
+def _append(entry: fault_table.Row) -> None:
+    if JSON:
+        with open(JSON, "a") as file:  # one write: lines of parallel runs do not mix
+            file.write(json.dumps(entry) + "\n")
+
+
+def _machine() -> str:
+    """What ran it, in words."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return (
+        f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, Linux {platform.release()}, "
+        f"CPython {platform.python_version()}"
+    )
+
+
+def pytest_sessionstart() -> None:
+    when = time.strftime("%Y-%m-%d")
+    _others.append({"machine": _machine(), "full": FULL, "when": when})
+    _append(_others[-1])
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """What failed is written too, beside what it may have said before."""
+    outcome = yield
+    result = outcome.get_result()  # type: ignore[attr-defined]
+    if result.failed:
+        _others.append({"failed": item.nodeid})
+        _append(_others[-1])
+
+
+def pytest_sessionfinish() -> None:
+    _others.append({"seconds": round(time.monotonic() - _began)})
+    _append(_others[-1])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,9 +108,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """All rows together at the end, where output was captured until now."""
-    if _lines:
+    if _rows:
         terminalreporter.section("faults" + (" (full counts)" if FULL else " (reduced counts)"))
-        for line in _lines:
+        for line in fault_table.render(_rows, _others).splitlines():
             terminalreporter.write_line(line)
 
 
@@ -77,18 +128,20 @@ def count() -> Callable[[int, int], int]:
 
 @pytest.fixture
 def report() -> Callable[..., None]:
-    """Prints a row's line and appends it to the report."""
+    """Prints a row's line and keeps it for the table."""
 
     def write(row: str, *words: object, **counts: object) -> None:
         said = [str(word) for word in words]
         said += [f"{name.replace('_', ' ')} {value}" for name, value in counts.items()]
-        line = f"FAULT {row}: {', '.join(said)}"
-        print(line)  # noqa: T201
-        _lines.append(line)
-        path = os.environ.get("SHMCOORD_FAULTS_REPORT")
-        if path:
-            with open(path, "a") as file:  # one write: lines of parallel runs do not mix
-                file.write(line + "\n")
+        print(f"FAULT {row}: {', '.join(said)}")  # noqa: T201
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
+        kept = {
+            key: value if isinstance(value, int | float | list) else str(value)
+            for key, value in counts.items()
+        }
+        entry = {"row": row, "words": list(map(str, words)), "counts": kept}
+        _rows.append({**entry, "control": "control" in row, "test": test})
+        _append(_rows[-1])
 
     return write
 

@@ -2,62 +2,95 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
-from helpers import Raw, run
+from helpers import SHM, Raw, ofd_lock, run
 
 from shmcoord import NoBackend, Router, Saturated, Segment, SegmentFull
 
 
+def fill_slots(segment):
+    """All six slots taken, more refused, and all given back; how many were refused."""
+    with contextlib.ExitStack() as stack:
+        nodes = [
+            stack.enter_context(segment.join(f"n{i}", group="GREEN", endpoint="e"))
+            for i in range(6)
+        ]
+        for _ in range(3):
+            with pytest.raises(SegmentFull, match="6 slots"):
+                segment.join("more", group="GREEN", endpoint="e")
+        with Router(segment) as router, pytest.raises(SegmentFull):
+            router.acquire("GREEN")
+        nodes[5].leave()
+        with Router(segment) as router:
+            assert router.acquire("GREEN").release()
+        stack.enter_context(segment.join("again", group="GREEN", endpoint="e"))
+    assert segment.snapshot() == ()
+    return 4
+
+
 def test_slots(name, count, report):
     rounds = count(20, 3000)
-    refused = 0
     with Segment.open(name, slots=6, leases=4) as segment:
-        for _ in range(rounds):
-            nodes = [segment.join(f"n{i}", group="GREEN", endpoint="e") for i in range(6)]
-            for _ in range(3):
-                with pytest.raises(SegmentFull, match="6 slots"):
-                    segment.join("more", group="GREEN", endpoint="e")
-                refused += 1
-            with Router(segment) as router, pytest.raises(SegmentFull):
-                router.acquire("GREEN")
-            refused += 1
-            nodes.pop().leave()
-            with Router(segment) as router:
-                assert router.acquire("GREEN").release()
-            nodes.append(segment.join("again", group="GREEN", endpoint="e"))
-            for node in nodes:
-                node.leave()
-        assert segment.snapshot() == ()
+        refused = sum(fill_slots(segment) for _ in range(rounds))
     report("slots exhausted", rounds=rounds, segment_full=refused, works_afterwards=rounds)
+
+
+def test_a_slot_that_does_not_come_back_is_found(name, report):
+    """The control: somebody has left and kept the lock of his slot."""
+    with Segment.open(name, slots=6, leases=4) as segment:
+        fill_slots(segment)
+        with ofd_lock(SHM / name, 3), pytest.raises(SegmentFull) as found:
+            fill_slots(segment)
+        fill_slots(segment)
+    report("slots exhausted, control: one lock is kept", f"found: {type(found.value).__name__}")
+
+
+def fill_leases(name, router, nodes):
+    """All leases of two nodes taken, more refused, all given back; how many were refused."""
+    held = [router.acquire("GREEN") for _ in range(10)]
+    assert Raw(name).taken() == 10
+    for timeout_s in (0, 0.0005):
+        with pytest.raises(Saturated):
+            router.acquire("GREEN", timeout_s=timeout_s)
+    # What no router reserved is let in, and counted, also beyond the capacity.
+    own = [nodes[0].begin() for _ in range(6)]
+    for handle in own:
+        nodes[0].end(handle)
+    assert held.pop().release()
+    with router.acquire("GREEN"):
+        assert nodes[0].inflight + nodes[1].inflight == 10
+    for lease in held:
+        assert lease.release()
+    assert Raw(name).taken() == 0
+    return 2
+
+
+def two_nodes(segment):
+    return [
+        segment.join(f"n{i}", group="GREEN", endpoint="e", capacity=5, interval_s=60)
+        for i in range(2)
+    ]
+
+
+def test_a_lease_that_nobody_owns_is_found(name, native, report):
+    """The control: what a plain counter leaves behind takes capacity away for ever."""
+    with Segment.open(name, slots=4, leases=8) as segment, Router(segment) as router:
+        nodes = two_nodes(segment)
+        fill_leases(name, router, nodes)
+        native.take_ownerless(segment.backend("n0"))
+        with pytest.raises(Saturated):
+            fill_leases(name, router, nodes)
+    report("leases exhausted, control: one has no owner", "found: Saturated")
 
 
 def test_leases(name, count, report):
     rounds = count(50, 20_000)
-    refused = 0
     with Segment.open(name, slots=4, leases=8) as segment, Router(segment) as router:
-        nodes = [
-            segment.join(f"n{i}", group="GREEN", endpoint="e", capacity=5, interval_s=60)
-            for i in range(2)
-        ]
-        for _ in range(rounds):
-            held = [router.acquire("GREEN") for _ in range(10)]
-            assert Raw(name).taken() == 10
-            for timeout_s in (0, 0.0005):
-                with pytest.raises(Saturated):
-                    router.acquire("GREEN", timeout_s=timeout_s)
-                refused += 1
-            # What no router reserved is let in, and counted, also beyond the capacity.
-            own = [nodes[0].begin() for _ in range(6)]
-            for handle in own:
-                nodes[0].end(handle)
-            assert held.pop().release()
-            with router.acquire("GREEN"):
-                assert nodes[0].inflight + nodes[1].inflight == 10
-            for lease in held:
-                assert lease.release()
-            assert Raw(name).taken() == 0
+        nodes = two_nodes(segment)
+        refused = sum(fill_leases(name, router, nodes) for _ in range(rounds))
         for node in nodes:
             assert node.inflight == 0
             node.leave()
@@ -68,7 +101,7 @@ def test_leases(name, count, report):
 
 DESCRIPTORS = """
 import resource
-rounds = int(sys.argv[2])
+rounds, leaks = int(sys.argv[2]), sys.argv[3:] == ["leak"]
 
 def descriptors():
     "How many are open; the update thread's own, which reads /proc now and then, do not count."
@@ -122,7 +155,12 @@ for round in range(rounds):
         segment = node = router = None
         made += 1
         gc.collect()
+        if leaks:
+            os.dup(0)
         now = descriptors()
+        if leaks and now != before:
+            say(json.dumps([made, {"leaked": now - before}]))
+            sys.exit()
         assert now == before, (before, now, os.listdir("/proc/self/fd"), spare)
 segment = Segment.open(name)
 assert segment.reap() == 0 and segment.snapshot() == ()
@@ -135,6 +173,13 @@ def test_descriptors(name, count, report):
     made, errors = json.loads(run(DESCRIPTORS, name, count(2, 300), timeout_s=1800))
     assert set(errors) == {"OSError 24"}, errors
     report("descriptors exhausted", refused=sum(errors.values()), works_afterwards=made, leaked=0)
+
+
+def test_a_descriptor_that_leaks_is_found(name, report):
+    """The control: one that is not closed in a round."""
+    made, errors = json.loads(run(DESCRIPTORS, name, 1, "leak"))
+    assert (made, errors) == (1, {"leaked": 1})
+    report("descriptors exhausted, control: one is not closed", "found")
 
 
 THREADS = """
@@ -222,4 +267,19 @@ except OSError as error:
         "-",
     )
     assert said == "24\n"
-    report("limits, control", "EMFILE")
+    said = run(
+        """
+import resource
+if os.geteuid() == 0:
+    os.setgid(54321)
+    os.setuid(54321)
+resource.setrlimit(resource.RLIMIT_NPROC, (0, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    say("refused")
+""",
+        "-",
+    )
+    assert said == "refused\n"
+    report("limits, control", "EMFILE", "no thread is started")

@@ -347,7 +347,11 @@ def test_children_of_multiprocessing(name, tmp_path, method, count, report):
     said = run(code, name, script, method, name, count(2, 100), timeout_s=1800)
     killed, ended = map(int, said.split())
     report(
-        f"multiprocessing, {method}", killed=killed, ended_regularly=ended, leaked=0, parent_harmed=0
+        f"multiprocessing, {method}",
+        killed=killed,
+        ended_regularly=ended,
+        leaked=0,
+        parent_harmed=0,
     )
     with Segment.open(name) as segment:
         assert segment.snapshot() == ()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from fault_helpers import with_path
-from helpers import Child, Raw, wait_until
+from helpers import Child, Raw, run, wait_until
 
 import shmcoord
 from shmcoord import NoBackend, Router, Saturated, Segment, SegmentFull, SegmentNotFound
@@ -370,6 +370,35 @@ def test_a_creator_killed_at_each_step(new_name, zygote, count, report, step):
             bystander.close()
             Segment.unlink(name)
     report(f"SIGKILL at step {step}", kills=kills, made_anew=kills)
+
+
+CARELESS = """
+path = f"/dev/shm/{name}"
+
+def creator():
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.ftruncate(fd, 4096)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.pwrite(fd, b"READY", 0)
+
+os.waitpid(forked(creator), 0)
+end = time.monotonic() + 1
+while os.pread(os.open(path, os.O_RDONLY), 5, 0) != b"READY":
+    if time.monotonic() > end:
+        say("never ready")
+        break
+    time.sleep(0.05)
+else:
+    say("ready")
+"""
+
+
+def test_waiting_for_a_dead_creator_is_found(new_name, report):
+    """The control: who creates without a lock that his death gives back leaves all waiting."""
+    said = {how: run(CARELESS, new_name(), how).strip() for how in ("lives", "killed")}
+    report("SIGKILL at step create, control without an init lock", **said)
+    assert said == {"lives": "ready", "killed": "never ready"}
 
 
 @pytest.mark.parametrize("step", ["free.cas", "free.word", "free.notify"])

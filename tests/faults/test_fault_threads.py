@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 
+import pytest
 from helpers import Raw, run, wait_until
 
 from shmcoord import LeaseLost, Router, Saturated, Segment, State
@@ -13,8 +15,62 @@ from shmcoord import LeaseLost, Router, Saturated, Segment, State
 THREADS = 8
 
 
+class CarelessNode:
+    """The node, but what it has served is counted as anybody would who forgets the threads."""
+
+    def __init__(self, node):
+        self._node = node
+        self.served = 0
+        self.begin, self.publish = node.begin, node.publish
+
+    def __getattr__(self, name):
+        return getattr(self._node, name)
+
+    def end(self, handle, failed=False):
+        before = self.served
+        self._node.end(handle, failed=failed)
+        self.served = before + 1
+
+    def adopt(self, token):
+        return CarelessRequest(self, self._node.adopt(token))
+
+
+class CarelessRequest:
+    def __init__(self, node, request):
+        self._node, self._request = node, request
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._node.end(self._request)
+
+
 def test_8_threads_on_one_node_and_one_router(name, count, report):
-    times = count(400, 40_000)
+    times = count(1000, 40_000)
+    counts = use_by_threads(name, times, lambda node: node)
+    report("8 threads on one node and one router", rounds=THREADS * times, deadlocks=0, **counts)
+
+
+def test_a_careless_count_under_threads_is_found(name, report):
+    """The control: the same threads, and a count that reads, works and stores."""
+    found = None
+    for _ in range(20):
+        try:
+            use_by_threads(name, 1000, CarelessNode)
+        except Miscounted as error:
+            found = error
+            break
+    report("8 threads on one node and one router, control by a plain count", found)
+    assert found is not None
+
+
+class Miscounted(AssertionError):
+    """What was served is not what was counted."""
+
+
+def use_by_threads(name, times, wrapped):
+    """8 threads adopt, release, begin, end, publish, pick and look; what they have counted."""
     counts = {"adopted": 0, "released": 0, "begun": 0, "saturated": 0, "looks": 0}
     failures, lock = [], threading.Lock()
     before = sys.getswitchinterval()
@@ -24,9 +80,10 @@ def test_8_threads_on_one_node_and_one_router(name, count, report):
             Segment.open(name, slots=4, leases=8) as segment,
             segment.join(
                 "B", group="G", endpoint="e", capacity=2, interval_s=0.02, gauges=("a", "b")
-            ) as node,
+            ) as own,
             Router(segment) as router,
         ):
+            node = wrapped(own)
 
             def work(index):
                 mine = dict.fromkeys(counts, 0)
@@ -57,8 +114,11 @@ def test_8_threads_on_one_node_and_one_router(name, count, report):
                     for what, value in mine.items():
                         counts[what] += value
 
+            start = threading.Barrier(THREADS)
+
             def guarded(index):
                 try:
+                    start.wait()
                     work(index)
                 except BaseException as error:  # noqa: BLE001 - it is shown below
                     failures.append(repr(error))
@@ -71,7 +131,9 @@ def test_8_threads_on_one_node_and_one_router(name, count, report):
             assert not any(thread.is_alive() for thread in threads), "a deadlock"
             assert failures == []
             assert Raw(name).taken() == 0
-            assert node.served == counts["adopted"] + counts["begun"]
+            expected = counts["adopted"] + counts["begun"]
+            if node.served != expected:
+                raise Miscounted(f"served {node.served} of {expected}")
             assert node.failed == counts["begun"] // 2
             assert node.refused == counts["released"]
             wait_until(lambda: segment.status("B").inflight == 0, 1)
@@ -79,7 +141,7 @@ def test_8_threads_on_one_node_and_one_router(name, count, report):
             wait_until(lambda: Raw(name).number("sync", "waiters", 4) == 0, 2)
     finally:
         sys.setswitchinterval(before)
-    report("8 threads on one node and one router", rounds=THREADS * times, deadlocks=0, **counts)
+    return counts
 
 
 def move_load(native, node, times, *, atomically):
@@ -189,17 +251,20 @@ def test_publishing_one_after_the_other_is_found(name, report):
 
 
 JOINS = """
-wanted = int(sys.argv[2])
+wanted, locked = int(sys.argv[2]), sys.argv[3:] == ["locked"]
 segment = Segment.open(name, slots=8, leases=4)
 counts = {"handled": 0, "joined": 0}
 handling = False
+#: The control: as if a lock of the process were held while the join runs.
+lock = threading.Lock() if locked else contextlib.nullcontext()
 
 def handle(number, frame):
     global handling
     if not handling:
         handling = True
         counts["handled"] += 1
-        segment.join("H", group="G", endpoint="e", interval_s=3600).leave()
+        with lock:
+            segment.join("H", group="G", endpoint="e", interval_s=3600).leave()
         with Router(segment) as router, router.acquire("G"):
             pass
         handling = False
@@ -208,7 +273,8 @@ stays = segment.join("S", group="G", endpoint="e", interval_s=3600)
 signal.signal(signal.SIGALRM, handle)
 signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
 while counts["handled"] < wanted:
-    segment.join("B", group="G", endpoint="e", interval_s=3600).leave()
+    with lock:
+        segment.join("B", group="G", endpoint="e", interval_s=3600).leave()
     counts["joined"] += 1
 signal.setitimer(signal.ITIMER_REAL, 0)
 say(json.dumps({**counts, "left": len(segment.snapshot())}))
@@ -220,3 +286,10 @@ def test_a_signal_handler_that_joins_inside_a_join(name, count, report):
     said = json.loads(run(JOINS, name, count(500, 20_000), timeout_s=600))
     report("signal handler that joins inside a join", deadlocks=0, **said)
     assert said["left"] == 1
+
+
+def test_a_lock_that_is_held_over_a_join_is_found(name, report):
+    """The control: the handler waits for what only the code below it can give back."""
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(JOINS, name, 500, "locked", timeout_s=4)
+    report("signal handler that joins inside a join, control by a lock", "hangs")

@@ -324,6 +324,45 @@ def test_from_before_the_last_boot(name, made, count, report):
     report("host reboot (old boot id)", rounds=rounds, made_anew=rounds)
 
 
+def test_without_the_boot_id_the_dead_of_the_last_boot_live(name, spawn_node, report):
+    """The control: the bytes that a reboot leaves behind, with a boot id that passes.
+
+    No kernel marks a death word over a reboot: it still says alive.
+    """
+    with Segment.open(name, slots=SLOTS, leases=LEASES) as segment:
+        boot_id = Raw(name).read(FIELDS["boot_id"][0], 16)
+        child = spawn_node(name, "B")
+        assert segment.backend("B").alive
+        left = (SHM / name).read_bytes()
+        child.kill()
+    for found in (os.urandom(16), boot_id):
+        (SHM / name).unlink()
+        restore(name, left)
+        Raw(name).write(FIELDS["boot_id"][0], found)
+        if found != boot_id:
+            with pytest.raises(SegmentCorrupt, match="last boot"):
+                Segment.attach(name)
+    with Segment.attach(name) as segment:
+        alive = segment.backend("B").alive
+        report("host reboot (old boot id), control without comparing it", dead_taken_for_alive=alive)
+        assert alive
+
+
+def test_keeping_the_old_memory_is_found(name, spawn_node, report):
+    """The control of the row below: a mapping alone never sees who joined the new segment."""
+    with Segment.open(name, slots=SLOTS, leases=LEASES) as segment:
+        node = segment.join("old", group="GREEN", endpoint="e", interval_s=0.05)
+        Segment.unlink(name)
+        fresh = spawn_node(name, "new")
+        with Router(name) as router:
+            assert wait_for(router, "new") < 5
+        with pytest.raises(AssertionError, match="did not happen"):
+            wait_until(lambda: "new" in {status.node for status in segment.snapshot()}, 1.5)
+        node.leave()
+        assert fresh.finish() == 0
+    report("unlinked and made anew, control: a mapping alone", "never sees the new node")
+
+
 def test_made_anew_while_attached(name, spawn_node, count, report):
     """Routers go over, nodes and observers are told; what was reserved before stays good."""
     rounds = count(2, 30)

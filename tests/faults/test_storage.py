@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import signal
 
 import pytest
@@ -127,6 +128,29 @@ def test_holes_punched_while_in_use(new_name, count, report):
             Segment.unlink(name)
     assert refused
     report("holes punched while in use", holes=holes, typed_errors=refused, crashes=0)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="others divide by zero")
+def test_trusting_the_header_again_dies_of_a_hole(name, spawn_native, report):
+    """The control: who reads the number of slots from the header each time divides by zero."""
+    child = spawn_native(
+        """
+import faultnative
+segment = Segment.open(name, slots=16, leases=16)
+node = segment.join("B", group="GREEN", endpoint="e", interval_s=60)
+backend = segment.backend("B")
+say(faultnative.trusting_cell(backend))
+hear()
+say(faultnative.trusting_cell(backend))
+""",
+        name,
+    )
+    assert child.hear() == "0"
+    punch(SHM / name, 0, PAGE)
+    child.say()
+    assert child.process.wait(10) in (-signal.SIGFPE, -signal.SIGSEGV, -signal.SIGBUS)
+    died = signal.Signals(-child.process.returncode).name
+    report("holes punched, control: the header is read again", f"dies of {died}")
 
 
 def test_a_hole_over_a_living_node(name, segment, spawn_node, report):

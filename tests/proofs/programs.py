@@ -6,6 +6,8 @@ can weaken one of them. `ORDERS` has the calls as they stand in the core's sourc
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,12 @@ import shmcoord
 
 
 def report(text: str) -> None:
-    """Say a figure: `pytest tests/proofs -s`."""
+    """Say a figure: `pytest tests/proofs -s`; and keep it where the fault harness keeps its own."""
     print(text)  # noqa: T201
+    path = os.environ.get("SHMCOORD_FAULTS_JSON")
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps({"row": text, "proof": True, "words": [], "counts": {}}) + "\n")
 
 
 SOURCE = Path(shmcoord.get_include())
