@@ -1,0 +1,238 @@
+"""The controls of the cluster's rows: a cluster without its protections, in which each is missed.
+
+The nodes are those of the reference cluster, with what protects them taken out before they start:
+no bound for messages, for pings, for queries and for requests without a lease; the deadline is not
+passed on; a client that has gone is served all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from cluster_helpers import NOTHING_AHEAD, Running, until, write_config, write_rows
+from test_cluster_grpc import ALONE, ends_with, flooded, pinged
+
+import shmcoord
+from servers import config, gateway
+from servers.gateway import GatewayService
+from servers.merging import merged
+from servers.pb import shmcoord_cluster_pb2 as pb
+from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
+from servers.table import to_table
+
+OK = grpc.StatusCode.OK
+TIMEOUT_S = 6.0
+CARELESS = """
+import asyncio
+from servers import answering, gateway, node
+
+bounds = ("grpc.max_receive_message_length", "grpc.max_concurrent_streams")
+node._SERVER_OPTIONS = [pair for pair in node._SERVER_OPTIONS if pair[0] not in bounds]
+node._SERVER_OPTIONS += [("grpc.max_receive_message_length", -1), ("grpc.http2.max_ping_strikes", 0)]
+answering._UNLEASED = 1000
+gateway.GatewayService._timeout_s = lambda self, context: self._cluster.cluster.timeout_s
+
+async def to_the_end(self, request, context, careful=gateway.GatewayService.Query):
+    await asyncio.shield(asyncio.ensure_future(careful(self, request, context)))
+
+class Stubborn(gateway.Writer):
+    async def write(self, response):
+        try:
+            await super().write(response)
+        except BaseException:
+            await asyncio.sleep(0.2)
+
+gateway.GatewayService.Query = to_the_end
+gateway.Writer = Stubborn
+"""
+
+
+@pytest.fixture(scope="module")
+def careless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder: Path = tmp_path_factory.mktemp("cluster")
+    write_rows(folder)
+    file = write_config(
+        folder,
+        {"A": "GREEN", "E": "PINK"},
+        secret=False,
+        grace_s=0.2,
+        timeout_s=TIMEOUT_S,
+        cluster=["max_queries = 100000"],
+    )
+    running = Running(file, before=CARELESS)
+    try:
+        running.start("A", "E")
+        yield running
+    finally:
+        running.stop()
+
+
+async def test_oversize_messages_are_taken(careless: Running, report: Callable[..., None]):
+    large = pb.QueryRequest(words=["x" * (300 << 10)])
+    async with grpc.aio.insecure_channel(careless.gateway, ALONE) as channel:
+        code = await ends_with(pb_grpc.GatewayStub(channel).Query(large, timeout=10))
+    report("oversize messages and headers, control without a bound", code.name)
+    assert code is OK
+
+
+async def test_floods_of_pings_go_on(careless: Running, report: Callable[..., None]):
+    endpoint = careless.cluster.endpoint("E")
+    error = await asyncio.to_thread(pinged, endpoint, 10)
+    ended = await asyncio.to_thread(flooded, endpoint, 2_000)
+    report("floods of pings, control without strikes", GOAWAY=str(error), ended=str(ended))
+    assert error is None
+    assert not ended
+
+
+async def test_many_more_run_at_once(careless: Running, report: Callable[..., None]):
+    """Requests without a lease at a node: all are taken, whatever its capacity."""
+    sent = 10 * careless.cluster.capacity("E")
+    async with grpc.aio.insecure_channel(careless.cluster.endpoint("E"), NOTHING_AHEAD) as channel:
+        stub = pb_grpc.NodeStub(channel)
+        calls = [stub.Answer(pb.PartRequest(words=["lorem"]), timeout=20) for _ in range(sent)]
+        await until(lambda: careless.queues()["E"] > sent // 2)
+        taken = careless.queues()["E"]
+        for call in calls:
+            call.cancel()
+    await careless.idle()
+    report("requests without a lease, control without a bound", sent=sent, taken=taken)
+    assert taken > 4 * careless.cluster.capacity("E")
+
+
+async def test_the_deadline_stays_with_the_gateway(
+    careless: Running, report: Callable[..., None]
+):
+    """The nodes go on when the client's deadline has long passed."""
+    process = careless.processes["A"]
+    async with grpc.aio.insecure_channel(careless.gateway, NOTHING_AHEAD) as channel:
+        call = pb_grpc.GatewayStub(channel).Query(pb.QueryRequest(teams=["PINK"]), timeout=0.5)
+        ends = time.monotonic() + 0.5
+        await call.__aiter__().__anext__()
+        process.send_signal(signal.SIGSTOP)  # as in the row
+        await asyncio.sleep(ends - time.monotonic() + 1.0)
+        held = careless.queues()["E"]
+        process.send_signal(signal.SIGCONT)
+        call.cancel()
+    report("deadline over two hops, control without passing it on", held_1_s_later=held)
+    assert held == 1
+    await careless.idle()
+
+
+async def test_the_cancelled_are_served_on(careless: Running, report: Callable[..., None]):
+    async with grpc.aio.insecure_channel(careless.gateway, NOTHING_AHEAD) as channel:
+        stub = pb_grpc.GatewayStub(channel)
+        for _ in range(3):
+            call = stub.Query(pb.QueryRequest(), timeout=30)
+            await call.__aiter__().__anext__()
+            call.cancel()
+        await asyncio.sleep(1.0)
+        held = careless.cells()
+    report("cancelled requests, control: served on", cells_held_1_s_later=held)
+    assert held > 0
+    await until(lambda: careless.cells() == 0, timeout_s=2 * TIMEOUT_S)
+
+
+async def test_a_lease_without_an_owner_is_found(
+    careless: Running, native, report: Callable[..., None]
+):
+    """What every row says at its end, 0 cells held, is not said where one is."""
+    with shmcoord.Segment.open(careless.cluster.segment("E")) as segment:
+        index = native.take_ownerless(segment.backend("E"))
+        with pytest.raises(AssertionError):
+            await until(lambda: careless.cells() == 0, timeout_s=1.0)
+        native.free_plainly(segment.backend("E"), index)
+    await until(lambda: careless.cells() == 0)
+    report("cluster, control: a lease without an owner", "found")
+
+
+class Parts:
+    """Nodes that send for ever, or nothing at all."""
+
+    def __init__(self, *, hang: bool) -> None:
+        self.hang = hang
+        self.made = 0
+
+    async def stream(
+        self, group: str, method: str, request: pb.PartRequest, timeout_s: float | None = None
+    ) -> AsyncIterator[pb.PartChunk]:
+        table = to_table(("word",), ("VARCHAR",), [("x" * 10_000,)])
+        while True:
+            if self.hang:
+                await asyncio.sleep(3600)
+            self.made += 1
+            yield pb.PartChunk(node="B", table=table)
+            await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def serving(parts: Parts, **settings: object) -> AsyncIterator[tuple[GatewayService, str]]:
+    cluster = config.load()
+    changed = cluster.cluster.model_copy(update=settings)
+    service = GatewayService(cluster.model_copy(update={"cluster": changed}), parts)
+    server = grpc.aio.server()
+    pb_grpc.add_GatewayServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield service, f"127.0.0.1:{port}"
+    finally:
+        service.stop()
+        await server.stop(0)
+
+
+async def test_streams_pile_up_without_the_limit(report: Callable[..., None]):
+    running, codes = {}, Counter[grpc.StatusCode]()
+    for most in (40, 100_000):
+        async with serving(Parts(hang=True), max_queries=most) as (service, endpoint):
+            async with grpc.aio.insecure_channel(endpoint, ALONE) as channel:
+                stub = pb_grpc.GatewayStub(channel)
+                calls = [stub.Query(pb.QueryRequest(), timeout=60) for _ in range(200)]
+                await until(
+                    lambda most=most, s=service, calls=calls: (
+                        s.running == min(most, 200)
+                        and sum(call.done() for call in calls) == max(200 - most, 0)
+                    )
+                )
+                running[most] = service.running
+                for call in calls:
+                    if call.done():
+                        codes[await call.code()] += 1
+                    call.cancel()
+    assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED: 160}
+    report("streams at once, control without the limit", run_of_200=running[100_000])
+    assert running == {40: 40, 100_000: 200}
+
+
+async def test_a_slow_reader_fills_the_memory_without_the_bound(
+    monkeypatch: pytest.MonkeyPatch, report: Callable[..., None]
+):
+    made = {}
+    for ahead in (None, 1_000_000):
+        if ahead is not None:
+            monkeypatch.setattr(gateway, "merged", lambda s, a=ahead: merged(s, ahead=a))
+        parts = Parts(hang=False)
+        async with serving(parts) as (_, endpoint):
+            async with grpc.aio.insecure_channel(endpoint, NOTHING_AHEAD) as channel:
+                call = pb_grpc.GatewayStub(channel).Query(pb.QueryRequest(), timeout=60)
+                chunks = call.__aiter__()
+                for _ in range(10):
+                    await chunks.__anext__()
+                    await asyncio.sleep(0.05)
+                made[ahead] = parts.made
+                call.cancel()
+    report(
+        "a client that reads slowly, control without a bound",
+        chunks_read=10,
+        gathered=made[1_000_000],
+        instead_of=made[None],
+    )
+    assert made[1_000_000] > 10 * made[None]
