@@ -222,6 +222,37 @@ async def test_nodes_killed_under_load(
     )
 
 
+async def test_routing_by_one_sign_of_life_is_found(
+    nodes: Running, report: Callable[..., None]
+):
+    """The controls: heartbeats alone, for a dead node; the death word alone, for one that stands.
+
+    Both judge the same processes at the same moments as the rows do.
+    """
+    victim, late_s = "D", 3 * 0.2
+    with shmcoord.Segment.attach(nodes.cluster.segment(victim)) as segment:
+        nodes.kill(victim)
+        killed = latest = time.monotonic()
+        while time.monotonic() < killed + 1.5:
+            if segment.status(victim).heartbeat_age_s < late_s:
+                latest = time.monotonic()
+            await asyncio.sleep(0.002)
+        assert latest - killed > NO_ROUTING_S
+        report(
+            "kill -9 of nodes under load, control by heartbeats alone",
+            latest_routing_to_the_dead=f"{(latest - killed) * 1e3:+.0f} ms",
+        )
+        nodes.start(victim)
+        nodes.processes[victim].send_signal(signal.SIGSTOP)
+        await asyncio.sleep(SUSPECT_S)
+        backend = segment.backend(victim)
+        alive, health = backend.alive, segment.status(victim).health
+        nodes.processes[victim].send_signal(signal.SIGCONT)
+        assert alive
+        assert health is shmcoord.Health.SUSPECT
+        report("SIGSTOP of a node under load, control by the death word alone", "routed to it")
+
+
 async def test_what_a_dead_node_had_not_adopted_fails_over_and_what_it_had_does_not(
     nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
 ):
@@ -292,6 +323,22 @@ async def test_gateways_killed_under_load(
         all_leases_back_after=f"{slowest:.2f} s at most (heartbeats of 0.2 s)",
         cells_held=nodes.cells(),
     )
+
+
+async def test_leases_of_a_gateway_that_lives_are_kept(
+    nodes: Running, report: Callable[..., None]
+):
+    """The control: it is its death that gives them back, and nothing else within that time."""
+    async with held_query(nodes):
+        nodes.processes["A"].send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(1.0)
+            held = nodes.cells()
+        finally:
+            nodes.processes["A"].send_signal(signal.SIGCONT)
+    await nothing_held(nodes)
+    report("kill -9 of the gateway under load, control: it only stands", cells_held_1_s_later=held)
+    assert held > 0
 
 
 async def test_a_node_that_stands_still_and_goes_on(
