@@ -35,7 +35,7 @@ class Calls:
     def enter(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Counts a call until gRPC is done with it, which is later than the end of its handler."""
         self.open += 1
-        context.add_done_callback(self._done)
+        context.add_done_callback(self._done)  # type: ignore[arg-type]  # a class in the stubs
 
     def _done(self, _context: object) -> None:
         self.open -= 1

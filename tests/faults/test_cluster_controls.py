@@ -35,9 +35,8 @@ CARELESS = """
 import asyncio
 from servers import answering, gateway, node
 
-bounds = ("grpc.max_receive_message_length", "grpc.max_concurrent_streams")
-node._SERVER_OPTIONS = [pair for pair in node._SERVER_OPTIONS if pair[0] not in bounds]
-node._SERVER_OPTIONS += [("grpc.max_receive_message_length", -1), ("grpc.http2.max_ping_strikes", 0)]
+unbound = {"grpc.max_receive_message_length": -1, "grpc.http2.max_ping_strikes": 0}
+node._SERVER_OPTIONS = [*(dict(node._SERVER_OPTIONS) | unbound).items()]
 answering._UNLEASED = 1000
 gateway.GatewayService._timeout_s = lambda self, context: self._cluster.cluster.timeout_s
 
@@ -108,9 +107,7 @@ async def test_many_more_run_at_once(careless: Running, report: Callable[..., No
     assert taken > 4 * careless.cluster.capacity("E")
 
 
-async def test_the_deadline_stays_with_the_gateway(
-    careless: Running, report: Callable[..., None]
-):
+async def test_the_deadline_stays_with_the_gateway(careless: Running, report: Callable[..., None]):
     """The nodes go on when the client's deadline has long passed."""
     process = careless.processes["A"]
     async with grpc.aio.insecure_channel(careless.gateway, NOTHING_AHEAD) as channel:
@@ -174,7 +171,10 @@ class Parts:
 
 
 @contextlib.asynccontextmanager
-async def serving(parts: Parts, **settings: object) -> AsyncIterator[tuple[GatewayService, str]]:
+async def connected(
+    parts: Parts, options: list[tuple[str, int]], **settings: object
+) -> AsyncIterator[tuple[GatewayService, pb_grpc.GatewayStub]]:
+    """A gateway in this process, and a stub for it."""
     cluster = config.load()
     changed = cluster.cluster.model_copy(update=settings)
     service = GatewayService(cluster.model_copy(update={"cluster": changed}), parts)
@@ -182,31 +182,28 @@ async def serving(parts: Parts, **settings: object) -> AsyncIterator[tuple[Gatew
     pb_grpc.add_GatewayServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    try:
-        yield service, f"127.0.0.1:{port}"
-    finally:
-        service.stop()
-        await server.stop(0)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+        yield service, pb_grpc.GatewayStub(channel)
+    service.stop()
+    await server.stop(0)
 
 
 async def test_streams_pile_up_without_the_limit(report: Callable[..., None]):
     running, codes = {}, Counter[grpc.StatusCode]()
     for most in (40, 100_000):
-        async with serving(Parts(hang=True), max_queries=most) as (service, endpoint):
-            async with grpc.aio.insecure_channel(endpoint, ALONE) as channel:
-                stub = pb_grpc.GatewayStub(channel)
-                calls = [stub.Query(pb.QueryRequest(), timeout=60) for _ in range(200)]
-                await until(
-                    lambda most=most, s=service, calls=calls: (
-                        s.running == min(most, 200)
-                        and sum(call.done() for call in calls) == max(200 - most, 0)
-                    )
+        async with connected(Parts(hang=True), ALONE, max_queries=most) as (service, stub):
+            calls = [stub.Query(pb.QueryRequest(), timeout=60) for _ in range(200)]
+            await until(
+                lambda most=most, s=service, calls=calls: (
+                    s.running == min(most, 200)
+                    and sum(call.done() for call in calls) == max(200 - most, 0)
                 )
-                running[most] = service.running
-                for call in calls:
-                    if call.done():
-                        codes[await call.code()] += 1
-                    call.cancel()
+            )
+            running[most] = service.running
+            for call in calls:
+                if call.done():
+                    codes[await call.code()] += 1
+                call.cancel()
     assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED: 160}
     report("streams at once, control without the limit", run_of_200=running[100_000])
     assert running == {40: 40, 100_000: 200}
@@ -220,15 +217,14 @@ async def test_a_slow_reader_fills_the_memory_without_the_bound(
         if ahead is not None:
             monkeypatch.setattr(gateway, "merged", lambda s, a=ahead: merged(s, ahead=a))
         parts = Parts(hang=False)
-        async with serving(parts) as (_, endpoint):
-            async with grpc.aio.insecure_channel(endpoint, NOTHING_AHEAD) as channel:
-                call = pb_grpc.GatewayStub(channel).Query(pb.QueryRequest(), timeout=60)
-                chunks = call.__aiter__()
-                for _ in range(10):
-                    await chunks.__anext__()
-                    await asyncio.sleep(0.05)
-                made[ahead] = parts.made
-                call.cancel()
+        async with connected(parts, NOTHING_AHEAD) as (_, stub):
+            call = stub.Query(pb.QueryRequest(), timeout=60)
+            chunks = call.__aiter__()
+            for _ in range(10):
+                await chunks.__anext__()
+                await asyncio.sleep(0.05)
+            made[ahead] = parts.made
+            call.cancel()
     report(
         "a client that reads slowly, control without a bound",
         chunks_read=10,

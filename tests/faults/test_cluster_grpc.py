@@ -128,6 +128,7 @@ async def test_many_streams_at_once(
     codes, most = await flood()
     await nothing_held(nodes)
     assert set(codes) <= {OK, RESOURCE_EXHAUSTED}, codes
+    assert codes.total() == streams
     assert codes[OK] > 0
     assert codes[RESOURCE_EXHAUSTED] > 0
     # A stream that waits for its refusal takes about 15 kB in gRPC.

@@ -182,7 +182,7 @@ async def test_nodes_killed_under_load(
     nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
 ):
     """Only what the dead node had adopted fails; 10 ms later nothing is routed to it."""
-    kills = count(2, 100)
+    kills = count(2, 60)
     sent = lost = 0
     latest = -1.0
     for number in range(kills):
@@ -222,9 +222,7 @@ async def test_nodes_killed_under_load(
     )
 
 
-async def test_routing_by_one_sign_of_life_is_found(
-    nodes: Running, report: Callable[..., None]
-):
+async def test_routing_by_one_sign_of_life_is_found(nodes: Running, report: Callable[..., None]):
     """The controls: heartbeats alone, for a dead node; the death word alone, for one that stands.
 
     Both judge the same processes at the same moments as the rows do.
@@ -256,7 +254,7 @@ async def test_routing_by_one_sign_of_life_is_found(
 async def test_what_a_dead_node_had_not_adopted_fails_over_and_what_it_had_does_not(
     nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
 ):
-    rounds = count(1, 20)
+    rounds = count(1, 30)
     moved = 0
     for _ in range(rounds):
         async with held_query(nodes, teams=["PINK"]) as (call, chunks):
@@ -295,7 +293,7 @@ async def test_what_a_dead_node_had_not_adopted_fails_over_and_what_it_had_does_
 async def test_gateways_killed_under_load(
     nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
 ):
-    kills = count(1, 50)
+    kills = count(1, 40)
     sent = lost = 0
     slowest = 0.0
     for _ in range(kills):
@@ -325,9 +323,7 @@ async def test_gateways_killed_under_load(
     )
 
 
-async def test_leases_of_a_gateway_that_lives_are_kept(
-    nodes: Running, report: Callable[..., None]
-):
+async def test_leases_of_a_gateway_that_lives_are_kept(nodes: Running, report: Callable[..., None]):
     """The control: it is its death that gives them back, and nothing else within that time."""
     async with held_query(nodes):
         nodes.processes["A"].send_signal(signal.SIGSTOP)
@@ -390,7 +386,7 @@ async def test_a_rolling_restart_loses_nothing(
     nodes: Running, full: bool, report: Callable[..., None], plain: bool
 ):
     """Nodes: no client notices. The gateway: clients ask again, and are answered."""
-    names, gateways = (10 * "BCDEF", 10) if full else ("BE", 1)
+    names, gateways = (6 * "BCDEF", 6) if full else ("BE", 1)
     async with load(nodes, plain=plain) as outcomes:
         for name in names:
             await restarted(nodes, name)
@@ -417,7 +413,7 @@ async def test_a_gateway_that_ends_says_unavailable(
     nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
 ):
     """Who does not ask again hears UNAVAILABLE, never CANCELLED: that is for clients to say."""
-    restarts = count(2, 30)
+    restarts = count(1, 20)
     codes: Counter[grpc.StatusCode] = Counter()
     async with load(nodes, plain=True) as outcomes:
         for _ in range(restarts):
@@ -467,10 +463,10 @@ async def test_cancelled_requests_leave_nothing(
     processes = {name: psutil.Process(p.pid) for name, p in nodes.processes.items()}
     codes: Counter[grpc.StatusCode] = Counter()
 
-    async def cancelled(numbers: Iterator[int]) -> None:
+    async def cancelled(wanted: int) -> None:
         async with grpc.aio.insecure_channel(nodes.gateway) as channel:
             stub = pb_grpc.GatewayStub(channel)
-            for _ in numbers:
+            while codes[grpc.StatusCode.CANCELLED] < wanted:
                 call = stub.Query(random.choice(requests), timeout=30)
                 reading = asyncio.ensure_future(rest_of(call))
                 await asyncio.wait([reading], timeout=random.random() * 0.06)
@@ -482,15 +478,14 @@ async def test_cancelled_requests_leave_nothing(
         await nothing_held(nodes)
         return {name: (p.memory_info().rss, p.num_fds()) for name, p in processes.items()}
 
-    async def some() -> None:
-        numbers = iter(range(total // 2))
-        await asyncio.gather(*(cancelled(numbers) for _ in range(16)))
+    async def some(wanted: int) -> None:
+        await asyncio.gather(*(cancelled(wanted) for _ in range(16)))
 
     async with held_query(nodes):
         assert nodes.cells() == 2  # this is how it would look
-    await some()
+    await some(total // 2)
     before = await used()
-    await some()
+    await some(total)
     after = await used()
     # The first half has filled every pool and buffer; the second must not need more.
     memory = max(after[name][0] - before[name][0] for name in NODES)
@@ -498,7 +493,7 @@ async def test_cancelled_requests_leave_nothing(
     assert memory < 32 << 20
     assert descriptors <= 4
     assert set(codes) <= {grpc.StatusCode.CANCELLED, OK}, codes
-    assert codes[grpc.StatusCode.CANCELLED] > total / 2
+    assert codes[grpc.StatusCode.CANCELLED] >= total
     for name in NODES:
         assert (await client.node_status(nodes.cluster.endpoint(name), 5)).inflight == 0
     assert (await query(nodes, "code0001")).summary.matched == ROWS_FOUND

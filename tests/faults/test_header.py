@@ -344,7 +344,9 @@ def test_without_the_boot_id_the_dead_of_the_last_boot_live(name, spawn_node, re
                 Segment.attach(name)
     with Segment.attach(name) as segment:
         alive = segment.backend("B").alive
-        report("host reboot (old boot id), control without comparing it", dead_taken_for_alive=alive)
+        report(
+            "host reboot (old boot id), control without comparing it", dead_taken_for_alive=alive
+        )
         assert alive
 
 

@@ -99,7 +99,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_liveness_across_namespaces(name, spawn, pair, count, report):
-    rounds = count(1, 50)
+    rounds = count(1, 12)
     kills = 0
     slowest = 0.0
     fooled = 0
