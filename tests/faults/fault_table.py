@@ -158,7 +158,7 @@ def line_of(title: str, rows: list[Row]) -> str:
         said = [*row["words"], *(shown(key, value) for key, value in row["counts"].items())]
         found.append(f"{kind.strip(' :,') or 'without'}: {cell(said)}")
     result = [*words, *(shown(key, value) for key, value in figures.items())]
-    return f"| {title} | {count} | {cell(result)} | {'; '.join(found)} |"
+    return f"| {cell([title])} | {count} | {cell(result)} | {'; '.join(found)} |"
 
 
 def render(rows: list[Row], others: list[Row]) -> str:

@@ -255,26 +255,34 @@ async def test_a_client_that_reads_slowly_gets_everything(
     )
 
 
-async def test_the_deadline_goes_along_the_hops(nodes: Running, report: Callable[..., None]):
+async def test_the_deadline_goes_along_the_hops(
+    nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
+):
     """A gateway that stands still can cancel nothing: the nodes know by themselves when to end."""
     process = nodes.processes["A"]
-    async with grpc.aio.insecure_channel(nodes.gateway, NOTHING_AHEAD) as channel:
-        call = pb_grpc.GatewayStub(channel).Query(pb.QueryRequest(teams=["PINK"]), timeout=1.0)
-        ends = time.monotonic() + 1.0
-        await call.__aiter__().__anext__()
-        process.send_signal(signal.SIGSTOP)
-        try:
-            assert nodes.queues()["E"] == 1
-            await asyncio.sleep(ends - time.monotonic() - 0.3)
-            assert nodes.queues()["E"] == 1
-            await until(lambda: nodes.queues()["E"] == 0, timeout_s=5)
-            late_s = time.monotonic() - ends
-        finally:
-            process.send_signal(signal.SIGCONT)
-        assert late_s < 1.0
-        assert await ends_with(call) is DEADLINE_EXCEEDED
-    await nothing_held(nodes)
-    report("deadline over two hops", node_ended=f"{late_s * 1e3:+.0f} ms after the deadline")
+    rounds, latest_s = count(1, 30), -1.0
+    for _ in range(rounds):
+        async with grpc.aio.insecure_channel(nodes.gateway, NOTHING_AHEAD) as channel:
+            call = pb_grpc.GatewayStub(channel).Query(pb.QueryRequest(teams=["PINK"]), timeout=1.0)
+            ends = time.monotonic() + 1.0
+            await call.__aiter__().__anext__()
+            process.send_signal(signal.SIGSTOP)
+            try:
+                assert nodes.queues()["E"] == 1
+                await asyncio.sleep(ends - time.monotonic() - 0.3)
+                assert nodes.queues()["E"] == 1
+                await until(lambda: nodes.queues()["E"] == 0, timeout_s=5)
+                latest_s = max(latest_s, time.monotonic() - ends)
+            finally:
+                process.send_signal(signal.SIGCONT)
+            assert latest_s < 1.0
+            assert await ends_with(call) is DEADLINE_EXCEEDED
+        await nothing_held(nodes)
+    report(
+        "deadline over two hops",
+        rounds=rounds,
+        node_ended_after_the_deadline=f"{latest_s * 1e3:+.0f} ms at most",
+    )
 
 
 # --- keepalive floods, by hand: gRPC's own clients would not

@@ -291,6 +291,24 @@ def test_what_is_no_file_of_ours(new_name, count, report):
     )
 
 
+def test_a_look_at_the_content_alone_takes_what_is_not_ours(new_name, report):
+    """The control: who opens the name and finds a good header is content, whatever it is."""
+    other = new_name()
+    Segment.open(other, slots=2, leases=2).close()
+    content = (SHM / other).read_bytes()
+    taken = []
+    for plant in PLANTS:
+        name = new_name()
+        plant(SHM / name, SHM / other)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(SHM / name, os.O_RDWR | os.O_NONBLOCK)
+            if os.read(descriptor, 256) == content[:256]:
+                taken.append(plant.__name__.removeprefix("plant_"))
+            os.close(descriptor)
+    report("no file of ours, control by content alone", taken=taken)
+    assert len(taken) >= 2
+
+
 def test_a_plain_open_would_hang_on_a_fifo(name, spawn, report):
     """The control of the row above: without O_NONBLOCK the FIFO holds its victim."""
     os.mkfifo(SHM / name)
