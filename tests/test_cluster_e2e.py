@@ -286,15 +286,20 @@ async def test_the_grace_period_ends_what_does_not_finish(folder: Path):
     running = Running(write_config(folder, {"A": "GREEN"}, secret=False, grace_s=0.5))
     try:
         running.start("A")
-        async with held_query(running) as (call, chunks):
+        channel = grpc.aio.insecure_channel(running.gateway, NOTHING_AHEAD)
+        async with held_query(running) as (call, chunks), channel:
+            part = pb_grpc.NodeStub(channel).Answer(pb.PartRequest(), timeout=20)
+            of_part = part.__aiter__()
+            await of_part.__anext__()
             begun = time.monotonic()
             running.processes["A"].terminate()
             await until(lambda: running.processes["A"].poll() is not None)
             assert time.monotonic() - begun < 5
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                async for _ in chunks:
-                    pass
-            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+            for ended, rest in ((call, chunks), (part, of_part)):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    async for _ in rest:
+                        pass
+                assert await ended.code() is grpc.StatusCode.UNAVAILABLE
         # A shutdown by a call is off where the configuration has no secret.
         running.start("A")
         with pytest.raises(client.QueryError) as refused:
