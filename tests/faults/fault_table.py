@@ -85,6 +85,9 @@ TITLES: list[tuple[str, tuple[str, ...]]] = [
     ("cluster: floods of pings", ("floods of pings",)),
     ("cluster: TLS, mutual TLS, Unix sockets", ("TLS", "mutual TLS")),
 ]
+#: What is not the count of a row, though it comes first and is a number.
+NO_COUNT = {"readers", "seconds", "fields", "capacity", "deadlocks", "others_harmed", "run_at_once"}
+NO_COUNT |= {"GOAWAY_too_many_pings_read_by", "kinds"}
 #: What is not added up where several rows stand together: the largest of them counts.
 MOST = re.compile(r"most|in_a_row|within|after|slowest|late|grown|_ms$|_s$|readers|seed")
 
@@ -146,9 +149,11 @@ def line_of(title: str, rows: list[Row]) -> str:
     plain = [row for row in rows if not row["control"]]
     controls = [row for row in rows if row["control"]]
     words, figures = together(plain)
+    figures.pop("seed", None)
     own = {key: value for key, value in figures.items() if key.startswith("control")}
     figures = {key: value for key, value in figures.items() if key not in own}
-    first = next((key for key, value in figures.items() if isinstance(value, int)), None)
+    numbers = [key for key, value in figures.items() if isinstance(value, int)]
+    first = next((key for key in numbers if key not in NO_COUNT), None)
     count = shown(first, figures.pop(first)) if first else ""
     if len(plain) > 1:
         count = cell([*filter(None, [count]), f"{len(plain)} kinds"])

@@ -28,9 +28,11 @@ from servers.merging import merged
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from servers.table import to_table
+from shmcoord import dispatch
+from shmcoord.transport import ConnectionLost
 
 OK = grpc.StatusCode.OK
-TIMEOUT_S = 6.0
+TIMEOUT_S = 4.0
 CARELESS = """
 import asyncio
 from servers import answering, gateway, node
@@ -86,7 +88,7 @@ async def test_oversize_messages_are_taken(careless: Running, report: Callable[.
 async def test_floods_of_pings_go_on(careless: Running, report: Callable[..., None]):
     endpoint = careless.cluster.endpoint("E")
     error = await asyncio.to_thread(pinged, endpoint, 10)
-    ended = await asyncio.to_thread(flooded, endpoint, 2_000)
+    ended = await asyncio.to_thread(flooded, endpoint, 2_000, 1.0)
     report("floods of pings, control without strikes", GOAWAY=str(error), ended=str(ended))
     assert error is None
     assert not ended
@@ -232,3 +234,57 @@ async def test_a_slow_reader_fills_the_memory_without_the_bound(
         instead_of=made[None],
     )
     assert made[1_000_000] > 10 * made[None]
+
+
+class Dying:
+    """Nodes that take a request up, carry it out, and die before they have answered.
+
+    Args:
+        nodes: by endpoint.
+    """
+
+    def __init__(self, nodes: dict[str, shmcoord.Node]) -> None:
+        self.nodes = nodes
+        self.carried_out: Counter[object] = Counter()
+
+    async def send(
+        self, endpoint: str, method: str, request: object, *, lease: str, timeout_s: float | None
+    ) -> object:
+        self.nodes[endpoint].adopt(lease)
+        self.carried_out[request] += 1
+        raise ConnectionLost(f"{endpoint} died")
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["as it is", "sent again"])
+async def test_sending_again_what_was_adopted_is_found(
+    name: str, monkeypatch: pytest.MonkeyPatch, again: bool, report: Callable[..., None]
+):
+    """The control: whoever sends everything again carries requests out twice."""
+    with shmcoord.Segment.open(name, slots=8, leases=64) as segment:
+        nodes = {
+            str(i): segment.join(f"n{i}", group="G", endpoint=str(i), interval_s=3600)
+            for i in range(3)
+        }
+        if again:
+            monkeypatch.setattr(dispatch._Course, "leave", careless_leave)
+        transport = Dying(nodes)
+        with shmcoord.Router(segment) as router:
+            dispatcher = dispatch.AsyncDispatcher(router, transport, adopts=True)
+            for number in range(10):
+                with pytest.raises((ConnectionLost, shmcoord.NoBackend)):
+                    await dispatcher.call("G", "method", number, timeout_s=5)
+        most = max(transport.carried_out.values())
+    if again:
+        report("requests of a dead node, control: sent again", carried_out_times=most)
+    assert most == (3 if again else 1)
+
+
+def careless_leave(course: dispatch._Course, lease: shmcoord.Lease, error: BaseException) -> bool:
+    lease.release()
+    if isinstance(error, ConnectionLost):
+        course.exclude = (*course.exclude, lease.backend)
+        return True
+    return False

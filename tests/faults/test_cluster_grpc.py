@@ -135,7 +135,9 @@ async def test_many_streams_at_once(
     assert most - before < (64 << 20) + 20_000 * streams
     assert (await query(nodes, "code0001")).summary.matched == len(matching(["code0001"]))
     report(
-        f"{streams} streams at once, of which {MAX_QUERIES} run",
+        "streams at once",
+        streams=streams,
+        run_at_once=MAX_QUERIES,
         OK=codes[OK],
         RESOURCE_EXHAUSTED=codes[RESOURCE_EXHAUSTED],
         other_status=0,
@@ -296,9 +298,9 @@ def frame(kind: int, payload: bytes = b"") -> bytes:
     return len(payload).to_bytes(3, "big") + bytes([kind, 0]) + bytes(4) + payload
 
 
-def connected(endpoint: str) -> socket.socket:
+def connected(endpoint: str, timeout_s: float = 5.0) -> socket.socket:
     host, _, port = endpoint.rpartition(":")
-    connection = socket.create_connection((host, int(port)), timeout=5)
+    connection = socket.create_connection((host, int(port)), timeout=timeout_s)
     connection.sendall(_PREFACE + frame(_SETTINGS))
     return connection
 
@@ -322,9 +324,9 @@ def pinged(endpoint: str, pings: int) -> tuple[int, bytes] | None:
     return None
 
 
-def flooded(endpoint: str, pings: int) -> bool:
+def flooded(endpoint: str, pings: int, timeout_s: float = 5.0) -> bool:
     """Sends pings and reads nothing; whether the connection was ended for it."""
-    with connected(endpoint) as connection:
+    with connected(endpoint, timeout_s) as connection:
         try:
             for _ in range(pings // 100):
                 connection.sendall(100 * frame(_PING, b"12345678"))

@@ -291,5 +291,5 @@ def test_a_signal_handler_that_joins_inside_a_join(name, count, report):
 def test_a_lock_that_is_held_over_a_join_is_found(name, report):
     """The control: the handler waits for what only the code below it can give back."""
     with pytest.raises(subprocess.TimeoutExpired):
-        run(JOINS, name, 500, "locked", timeout_s=4)
+        run(JOINS, name, 500, "locked", timeout_s=2)
     report("signal handler that joins inside a join, control by a lock", "hangs")
