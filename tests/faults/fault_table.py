@@ -188,7 +188,7 @@ def render(rows: list[Row], others: list[Row]) -> str:
     text += [f"**Failed:** {', '.join(failed)}", ""] if failed else []
     text += ["| fault | count | result | negative control |", "|---|---|---|---|", *lines]
     proofs = [row["row"] for row in rows if row.get("proof")]
-    text += ["", "Proofs:", "", *(f"- {proof}" for proof in proofs)] if proofs else []
+    text += ["", "What the proofs said:", "", "```text", *proofs, "```"] if proofs else []
     return "\n".join(text).strip() + "\n"
 
 

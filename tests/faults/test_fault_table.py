@@ -38,7 +38,7 @@ def test_rows_of_a_title_stand_together_and_the_last_run_of_each_counts():
     assert "| kills 3,012, 2 kinds | well 3,012 | ownerless_lease: found |" in table
     assert "| cluster: deadline over two hops | rounds 2 | node ended after +7 ms |" in table
     assert "**Failed:** test_x" in table
-    assert "- so many states" in table
+    assert "```text\nso many states\n```" in table
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {5}
 
