@@ -87,7 +87,6 @@ class NodeService(pb_grpc.NodeServicer):
         self, request: pb.PartRequest, context: AnswerContext
     ) -> None:
         """Streams this node's rows for a part, then the part's summary."""
-        self.calls.enter(context)
         with absence_cancels():
             writer = Writer(context)
             try:
@@ -105,6 +104,7 @@ class NodeService(pb_grpc.NodeServicer):
                 grpc.StatusCode.INVALID_ARGUMENT, f"more than {MAX_WORDS} words in a query"
             )
         with await self._accepted(self.serving.participant, context), self.load.request():
+            self.calls.enter(context)
             # The gateway always sets a deadline, at which gRPC ends the request; others may not.
             limit_s = time_limit_s(context, self._cluster.cluster.timeout_s)
             work = self._answer(self.serving, request, writer)

@@ -27,7 +27,10 @@ _LOOK_S = 0.005
 
 
 class Calls:
-    """Calls whose status has not been sent yet."""
+    """Calls that were taken and whose status has not been sent yet.
+
+    A handler has ended before a slow client has taken in its last responses.
+    """
 
     def __init__(self) -> None:
         self.open = 0

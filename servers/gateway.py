@@ -71,7 +71,6 @@ class GatewayService(pb_grpc.GatewayServicer):
         self, request: pb.QueryRequest, context: Context
     ) -> None:
         """Streams the rows of the teams asked, or the merged aggregate, and a summary."""
-        self.calls.enter(context)
         with absence_cancels():
             writer = Writer(context)
             try:
@@ -82,6 +81,7 @@ class GatewayService(pb_grpc.GatewayServicer):
                         grpc.StatusCode.RESOURCE_EXHAUSTED,
                         f"the gateway runs {self.running} queries, and takes no more at once",
                     )
+                self.calls.enter(context)
                 # The parts have less time than that: who is late is told by them.
                 limit_s = time_limit_s(context, self._cluster.cluster.timeout_s) + _ANSWER_MAX_S
                 await in_time(self._query(request, context, writer), limit_s, self._running)

@@ -268,7 +268,7 @@ async def _finish(
     def busy() -> bool:
         # The node's own count also has leases that were reserved before the drain and whose
         # requests are still on their way.
-        own = service.load.inflight or (gateway is not None and gateway.running)
+        own = service.calls.open or (gateway is not None and gateway.calls.open)
         return bool(own or node.inflight)
 
     await _while(busy, cluster.cluster.grace_s, stop.hurry)
