@@ -303,7 +303,11 @@ while command := hear():
         mono.value = 0
         say(health)
     else:
-        statuses = {s.node: s for s in segment.snapshot()}
+        for _ in range(50):  # a busy machine may be late for a beat; a wrong clock stays wrong
+            statuses = {s.node: s for s in segment.snapshot()}
+            if all(status.health == Health.ALIVE for status in statuses.values()):
+                break
+            time.sleep(0.02)
         for status in statuses.values():
             assert status.health == Health.ALIVE, (status, wall.value)
             assert status.heartbeat_age_s < 1 and 0 <= status.uptime_s < 600, status
@@ -336,7 +340,7 @@ def shim(tmp_path) -> tuple[str, ...]:
 
 def test_wall_clocks_that_jump(name, spawn, shim, count, report):
     """Set back and forth under a node and a router: times are for people, nothing hangs on them."""
-    jumps = count(20, 2000)
+    jumps = count(20, 1000)
     years = 365 * 86400
     with Segment.open(name, slots=8, leases=8) as segment:
         other = segment.join("other", group="GREEN", endpoint="e", interval_s=0.02, capacity=1)
@@ -349,9 +353,8 @@ def test_wall_clocks_that_jump(name, spawn, shim, count, report):
                 time.sleep(0.07)  # more than three intervals under the new time
             child.say("look")
             assert child.hear() == "right"
-            status = segment.status("jumper")
-            assert status.health.name == "ALIVE"
-            assert status.heartbeat_age_s < 1
+            wait_until(functools.partial(is_alive, segment, "jumper"), 1)
+            assert segment.status("jumper").heartbeat_age_s < 1
         # The control: were the judgement made by the clock that jumps, it would be seen here.
         child.say("mono 100")
         assert child.hear() == "SUSPECT"
@@ -367,6 +370,10 @@ def test_wall_clocks_that_jump(name, spawn, shim, count, report):
         dead_seen_within_ms=f"{delay * 1e3:.0f}",
         control_by_the_clock_of_judgement="seen",
     )
+
+
+def is_alive(segment, node):
+    return segment.status(node).health.name == "ALIVE"
 
 
 def dead(segment, node):
