@@ -386,7 +386,7 @@ async def test_a_rolling_restart_loses_nothing(
     nodes: Running, full: bool, report: Callable[..., None], plain: bool
 ):
     """Nodes: no client notices. The gateway: clients ask again, and are answered."""
-    names, gateways = (6 * "BCDEF", 6) if full else ("BE", 1)
+    names, gateways = (6 * "BCDEF", 6) if full else ("B" if plain else "E", 1)
     async with load(nodes, plain=plain) as outcomes:
         for name in names:
             await restarted(nodes, name)
