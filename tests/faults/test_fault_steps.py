@@ -41,6 +41,7 @@ SCENARIOS = {
     "release": ["free.cas", "free.word", "free.notify"],
     "end": ["free.cas", "free.word", "free.notify", "write.begin", "write.word", "write.commit"],
     "drain": ["drain.state"],
+    "wait": ["wait.counted", "wait.turn", "wake.told", "wait.consumed"],
     "publish": ["write.begin", "write.word", "write.commit"],
     "create": [f"create.{step}" for step in CREATE],
 }
@@ -149,6 +150,14 @@ def publish(arm):
     segment, node, router = node_and_router()
     arm()
     node.publish(a=1)
+
+def wait(arm):
+    "Waits for capacity, is told of a release, and both sides may die of it."
+    router = Router(name)
+    held = [router.acquire("GREEN"), router.acquire("GREEN")]
+    arm()
+    threading.Timer(0.05, held[0].release).start()
+    router.acquire("GREEN", timeout_s=10)
 
 def create(arm):
     arm()

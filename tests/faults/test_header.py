@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import SHM, Raw, kind_of_error, wait_until
+from helpers import LAYOUT, SHM, Raw, kind_of_error, wait_until
 from test_segment import FIELDS, PLANTS, identity, restore, try_both
 
 import shmcoord
@@ -191,10 +191,12 @@ def test_in_the_making_between_two_looks(name, made, monkeypatch, stage, action,
     report(f"in the making: {stage}, {action.__name__}", wrong_errors=0)
 
 
+MINOR = int(re.search(r"define SHMC_LAYOUT_MINOR (\d+)", LAYOUT)[1])
 CHANGES = {
     "layout before": {8: (0).to_bytes(2, "little")},
     "layout after": {8: (2).to_bytes(2, "little")},
-    "minor after": {10: (1).to_bytes(2, "little")},
+    "minor before": {10: (MINOR - 1).to_bytes(2, "little")},
+    "minor after": {10: (MINOR + 1).to_bytes(2, "little")},
     "header longer": {12: (320).to_bytes(4, "little")},
     "signature of 32-bit alignment": {},
     "other byte order": {},
