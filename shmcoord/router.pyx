@@ -622,7 +622,9 @@ cdef class Router:
                 self._claim(backend.mapping, table.candidates.items[i].segment)
         if self.waiting is None:
             from shmcoord.waiting import WaitQueue  # not needed where nobody waits
-            self.waiting = WaitQueue(self.turns, _release_quietly, self._pass_on, self.max_waiters)
+            queue = WaitQueue(self.turns, _release_quietly, self._pass_on, self.max_waiters)
+            if self.waiting is None:  # another thread may have made it meanwhile
+                self.waiting = queue
         return self.waiting
 
     def _pass_on(self, group):
