@@ -42,9 +42,6 @@ from shmcoord.table cimport (
     Watch,
 )
 
-from shmcoord.decision import Candidate
-from shmcoord.policy import View
-
 
 cdef Frozen freeze(Table table):
     """The table as it is now."""
@@ -82,6 +79,7 @@ cdef class Frozen:
         cdef uint64_t word
         if scan != NULL:
             return scan(&self.view, pick)
+        from shmcoord.policy import View  # not needed where nobody asks
         for i in range(self.view.count):
             if is_open(&self.view.items[i], pick, &word):
                 best = min(best, tier_of(&self.view.items[i], word))
@@ -115,6 +113,7 @@ cdef class Frozen:
         cdef int health
         cdef Backend backend
         cdef candidate_t* c
+        from shmcoord.decision import Candidate
         found = []
         if chosen >= 0:
             score_of(&self.view.items[chosen], &best)

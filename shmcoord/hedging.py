@@ -8,7 +8,6 @@ cancelled where it can be.
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures as futures
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from shmcoord.errors import NoBackend, Saturated, ShmcoordError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from shmcoord.backend import Backend
     from shmcoord.lease import Lease
 
@@ -50,6 +51,8 @@ async def hedge_async(
     Returns the first answer. Raises the error of the first lease's sending if neither gave one; the
     caller releases the first lease, the second is released here.
     """
+    import asyncio  # costs more to import than all of shmcoord
+
     one = asyncio.ensure_future(send(first))
     second: Lease | None = None
     two: asyncio.Future[Any] | None = None

@@ -65,10 +65,14 @@ cdef uint64_t _hash_of(key) except? 0:
 @cython.freelist(16)
 @cython.no_gc  # it lives as long as one acquire, and its router outlives that
 cdef class Ask:
-    """What one acquire asks for; called, it tries once."""
+    """What one acquire asks for."""
 
-    def __call__(self):
-        return self.router._attempt(self)
+
+cdef object _try_once(Ask ask):
+    """What a waiting caller is tried with."""
+    def attempt():
+        return ask.router._attempt(ask)
+    return attempt
 
 
 cdef class Router:
@@ -410,7 +414,9 @@ cdef class Router:
         cdef Lease lease
         if timeout_s <= 0:
             self._raise_saturated(ask, timeout_s)
-        waiter = self._queue(ask).put(ask.group, ask.group_hash, ask, min(timeout_s, 1e6))
+        waiter = self._queue(ask).put(
+            ask.group, ask.group_hash, _try_once(ask), min(timeout_s, 1e6)
+        )
         if waiter is None:
             self._raise_saturated(ask, -1.0)
         future = waiter.future
@@ -442,7 +448,7 @@ cdef class Router:
         if timeout_s <= 0:
             self._raise_saturated(ask, timeout_s)
         waiter = self._queue(ask).put_async(
-            (<Ask>ask).group, (<Ask>ask).group_hash, ask, min(timeout_s, 1e6)
+            (<Ask>ask).group, (<Ask>ask).group_hash, _try_once(ask), min(timeout_s, 1e6)
         )
         if waiter is None:
             self._raise_saturated(ask, -1.0)
@@ -779,7 +785,7 @@ cdef class Router:
 
 
 cdef double _check_timeout(given) except -1.0:
-    cdef double timeout_s = given
+    cdef double timeout_s = float(given)
     if timeout_s != timeout_s or timeout_s < 0:
         raise ValueError(f"timeout_s must not be negative, not {timeout_s}")
     return timeout_s

@@ -17,8 +17,6 @@ from shmcoord.liveness cimport Participant
 from shmcoord.segment cimport Mapping, mapping_t
 from shmcoord.status cimport NodeInfo, read_info, slot_is_live
 
-from shmcoord.decision import PastDecision
-
 _OUTCOMES = {
     SHMC_DECIDED_LEASE: "lease",
     SHMC_DECIDED_SATURATED: "saturated",
@@ -78,6 +76,7 @@ def read_decisions(Mapping mapping, group=None):
     cdef const char* end
     cdef shmc_decision seen
     cdef NodeInfo info
+    from shmcoord.decision import PastDecision  # not needed where nobody looks
     mapping.check()
     m = mapping.m
     now_ns = mono_ns()

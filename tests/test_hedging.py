@@ -169,7 +169,7 @@ def test_a_spent_budget_ends_the_retries(side):
     router, transport, call = side({"A": Unreachable("A"), "B": 0.0})
     router.budget = FakeBudget(left=0)
     router, transport, call = side({"A": Unreachable("A"), "B": 0.0}, router=router)
-    with pytest.raises(NoneReachable, match="budget .* is spent; tried: A") as caught:
+    with pytest.raises(NoneReachable, match=r"budget .* is spent; tried: A") as caught:
         call("write")
     assert [attempt.node for attempt in caught.value.tried] == ["A"]
     assert transport.sent == [endpoint("A")]
@@ -177,7 +177,7 @@ def test_a_spent_budget_ends_the_retries(side):
 
 
 def test_only_an_idempotent_method_is_repeated_after_a_broken_connection(side):
-    router, transport, call = side({"A": ConnectionLost("reset"), "B": 0.0})
+    _, transport, call = side({"A": ConnectionLost("reset"), "B": 0.0})
     with pytest.raises(ConnectionLost):
         call("write")
     assert transport.sent == [endpoint("A")]

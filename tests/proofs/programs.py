@@ -42,7 +42,16 @@ ORDERS = {
     "take_cell": ("lease.pxd", ["load_relaxed", "cas_seqcst"]),
     "is_open": ("lease.pxd", ["load_seqcst", "load_seqcst"]),
     "free_cell": ("lease.pxd", ["cas_seqcst", "add_seqcst"]),
-    "notify_release": ("cells.pxd", ["load_seqcst", "add_seqcst"]),
+    "notify_freed": ("cells.pxd", ["load_seqcst", "load_relaxed"]),
+    "oldest_ticket": (
+        "cells.pyx",
+        ["load_relaxed", "load_relaxed", "load_seqcst", "load_relaxed", "load_relaxed"],
+    ),
+    "wake_longest": ("cells.pyx", ["load_acquire", "cas_seqcst"]),
+    "note_decision": (
+        "trace.pyx",
+        ["store_relaxed", "fence_release", *["store_relaxed"] * 3, "store_release"],
+    ),
     "slot_is_alive": ("cells.pxd", ["load_acquire"]),
     "owner_is_dead": ("cells.pxd", ["load_acquire"]),
     "sweep_row": ("cells.pyx", ["load_acquire"]),

@@ -38,7 +38,7 @@ PROBE = """\
 from libc.stdint cimport uint32_t, uint64_t
 from shmcoord._atomics cimport cas_seqcst_u64
 from shmcoord._layout cimport shmc_hot, shmc_record
-from shmcoord.cells cimport notify_release, owner_is_dead
+from shmcoord.cells cimport notify_freed, owner_is_dead
 from shmcoord.lease cimport free_cell, is_open, take_cell
 from shmcoord.segment cimport mapping_t
 from shmcoord.status cimport record_read, record_write
@@ -65,8 +65,8 @@ cdef public int probe_free_cell(mapping_t* m, shmc_hot* hot, uint32_t generation
 cdef public int probe_owner_is_dead(const mapping_t* m, uint64_t cell) noexcept nogil:
     return owner_is_dead(m, cell)
 
-cdef public void probe_notify_release(mapping_t* m) noexcept nogil:
-    notify_release(m)
+cdef public void probe_notify_freed(mapping_t* m) noexcept nogil:
+    notify_freed(m, 0)
 
 cdef public int probe_adopt(uint64_t* cell, uint64_t expected, uint64_t value) noexcept nogil:
     return cas_seqcst_u64(cell, expected, value)
@@ -183,8 +183,8 @@ def _problems(assembly: Assembly) -> set[str]:
     # Freeing: the CAS comes first, and the look at the waiters is an ldar.
     if not re.match(rf"(?:(?:{_LOAD}) ; )*{_CAS} ; ", " ; ".join(accesses["probe_free_cell"])):
         wrong.add("probe_free_cell")
-    if not re.match(rf"(?:(?:{_LOAD}) ; )*ldar", " ; ".join(accesses["probe_notify_release"])):
-        wrong.add("probe_notify_release")
+    if not re.match(rf"(?:(?:{_LOAD}) ; )*ldar", " ; ".join(accesses["probe_notify_freed"])):
+        wrong.add("probe_notify_freed")
     return wrong
 
 
@@ -217,7 +217,7 @@ CONTROLS = {
             "probe_adopt",
             "probe_is_open",
             "probe_free_cell",
-            "probe_notify_release",
+            "probe_notify_freed",
         },
     ),
 }
