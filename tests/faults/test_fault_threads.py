@@ -77,7 +77,7 @@ def use_by_threads(name, times, wrapped):
     sys.setswitchinterval(1e-5)
     try:
         with (
-            Segment.open(name, slots=4, leases=8) as segment,
+            Segment.open(name, slots=16, leases=8) as segment,
             segment.join(
                 "B", group="G", endpoint="e", capacity=2, interval_s=0.02, gauges=("a", "b")
             ) as own,
