@@ -43,6 +43,7 @@ cdef class Router:
     cdef uint64_t stale_at_ns
     cdef bint is_closed
     cdef Turns turns
+    cdef object claiming    # held by the thread that claims a slot
     cdef object waiting     # WaitQueue, made at the first wait
     cdef readonly uint32_t max_waiters
     cdef object __weakref__
@@ -61,6 +62,7 @@ cdef class Router:
     cdef tuple _decide(self, Table table, str group, const pick_t* pick, object exclude,
                        bint is_real)
     cdef Participant _claim(self, Mapping mapping, uint32_t index)
+    cdef Participant _claim_one(self, Mapping mapping, uint32_t index)
     cdef Lease _wait(self, Ask ask, double timeout_s)
     cdef object _queue(self, Ask ask)
     cdef object _expected_wait_s(self, Ask ask)

@@ -36,6 +36,7 @@ from shmcoord.turns cimport Turns
 import itertools
 import logging
 import os
+import threading
 
 from shmcoord.budget import RetryBudget
 from shmcoord.errors import NoBackend, Saturated, ShmcoordError
@@ -150,6 +151,7 @@ cdef class Router:
         self.count = <uint32_t>len(self.segments)
         self.participants = [None] * self.count
         self.turns = Turns(self.segments, self.participants)
+        self.claiming = threading.RLock()
         self.judges = [Judge(segment) for segment in self.segments]
         self.tables = {}
         self.unreachable = {}
@@ -594,7 +596,18 @@ cdef class Router:
                 return
 
     cdef Participant _claim(self, Mapping mapping, uint32_t index):
-        """This router's participant in one segment."""
+        """This router's participant in one segment.
+
+        One thread claims at a time, or each would hold a slot for a moment. A signal handler that
+        interrupts a claim may claim too: its participant is the one that stays.
+        """
+        with self.claiming:
+            existing = self.participants[index]
+            if existing is None or (<Participant>existing).mapping is not mapping:
+                existing = self._claim_one(mapping, index)
+            return <Participant>existing
+
+    cdef Participant _claim_one(self, Mapping mapping, uint32_t index):
         cdef shmc_meta meta
         cdef bytes name = f"router-{os.getpid()}-{next(_serial)}".encode()
         memset(&meta, 0, sizeof(meta))
@@ -606,7 +619,7 @@ cdef class Router:
         participant = claim(mapping, SHMC_KIND_ROUTER, &meta, "")
         existing = self.participants[index]
         if existing is not None and (<Participant>existing).mapping is mapping:
-            (<Participant>participant).leave()  # another thread of ours was faster
+            (<Participant>participant).leave()
             return <Participant>existing
         self.participants[index] = participant
         return <Participant>participant

@@ -588,3 +588,33 @@ def test_an_excluded_node_is_not_taken_even_when_nobody_else_is_there(segment, n
             router.acquire("GREEN", exclude=(a, segment.backend("B")))
         with router.acquire("GREEN") as lease:  # another call is free to go there
             assert lease.node == "A"
+
+
+def test_threads_that_acquire_first_at_once_claim_one_slot(name):
+    """In a segment with one slot for the router: a second claim would be refused."""
+    said = run(
+        """
+for round_ in range(60):
+    with Segment.open(name, slots=2, leases=16) as segment:
+        node = segment.join("A", group="G", endpoint="a", interval_s=3600)
+        router = Router(name)
+        gate = threading.Barrier(6)
+        failed = []
+        def work():
+            gate.wait()
+            try:
+                router.acquire("G").release()
+            except SegmentFull as error:
+                failed.append(error)
+        threads = [threading.Thread(target=work) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        router.close()
+        assert not failed, (round_, failed)
+say("fine")
+""",
+        name,
+    )
+    assert said.strip() == "fine"
