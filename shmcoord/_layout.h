@@ -42,8 +42,8 @@
  *
  *   A router whose callers wait publishes, per group, the ticket of its oldest one (sync.tickets
  *   counts them) and the hash of the group's name. Whoever frees a cell looks for the oldest ticket
- *   of the node's group, sets hot.wake of that router from 0 to 1 and wakes it; a router that was
- *   told (wake is 1) and has not run yet is passed over. The router stores 0 before it looks at the
+ *   of the node's group, makes hot.wake of that router odd and wakes it; a router that was told (its
+ *   wake is odd) and has not run yet is passed over. The router makes it even before it looks at the
  *   cells. Group hash 0 stands for every group.
  *
  * Death word (hot.death), one u32, a robust futex (see set_robust_list(2)):

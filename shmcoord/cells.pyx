@@ -36,9 +36,22 @@ cdef uint64_t oldest_ticket(mapping_t* m, uint32_t slot, uint64_t group) noexcep
         wanted = load_relaxed_u64(&hot.turn[i].group)
         if wanted == group or wanted == 0 or group == 0:
             oldest = ticket
-    if oldest != 0 and (load_relaxed_u32(&hot.wake) != 0 or not slot_is_alive(m, slot)):
+    if oldest != 0 and (load_relaxed_u32(&hot.wake) & 1 or not slot_is_alive(m, slot)):
         return 0
     return oldest
+
+
+cdef bint tell(shmc_hot* hot) noexcept nogil:
+    """Tell a router that a cell may be free for it; False if it was told already.
+
+    An odd `wake` is a telling that it has not taken note of; the router makes it even.
+    """
+    cdef uint32_t wake = load_relaxed_u32(&hot.wake)
+    if wake & 1 or not cas_seqcst_u32(&hot.wake, wake, wake + 1):
+        return False
+    step(b"wake.told")
+    futex_wake_all(&hot.wake)
+    return True
 
 
 cdef void wake_longest(mapping_t* m, uint64_t group) noexcept nogil:
@@ -67,9 +80,7 @@ cdef void wake_longest(mapping_t* m, uint64_t group) noexcept nogil:
                     chosen = slot
         if oldest == 0:
             return
-        if cas_seqcst_u32(&m.hot[chosen].wake, 0, 1):
-            step(b"wake.told")
-            futex_wake_all(&m.hot[chosen].wake)
+        if tell(&m.hot[chosen]):
             return
 
 
@@ -86,8 +97,8 @@ cdef void notify_all(mapping_t* m) noexcept nogil:
             bits &= bits - 1
             if slot >= m.slots:
                 break
-            if oldest_ticket(m, slot, 0) != 0 and cas_seqcst_u32(&m.hot[slot].wake, 0, 1):
-                futex_wake_all(&m.hot[slot].wake)
+            if oldest_ticket(m, slot, 0) != 0:
+                tell(&m.hot[slot])
 
 
 # --- freeing

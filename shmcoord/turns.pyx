@@ -10,12 +10,14 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
-from shmcoord._posix cimport futex_wait_any, futex_wake_all
+from shmcoord._posix cimport futex_wait_any
 from shmcoord._steps cimport step
-from shmcoord.cells cimport count_waiter_out, oldest_ticket, wake_longest
+from shmcoord.cells cimport count_waiter_out, oldest_ticket, tell, wake_longest
 from shmcoord.liveness cimport Participant
 from shmcoord.segment cimport MAPPING_FORKED, Mapping, mapping_t
 from shmcoord.status cimport word_waiting
+
+from shmcoord.doorbell import Doorbell
 
 
 cdef class Turns:
@@ -30,6 +32,8 @@ cdef class Turns:
         self.segments = segments
         self.participants = participants
         self.counted = []
+        self.members = []
+        self.version = 0
 
     cdef shmc_hot* _hot(self, participant):
         cdef Participant owner = <Participant>participant
@@ -48,6 +52,9 @@ cdef class Turns:
             step(b"wait.counted")
             counted.append(participant)
         self.counted = counted
+        if counted != self.members:
+            self.members = counted
+            self.version += 1
 
     def end(self):
         """The reverse of `begin`."""
@@ -119,13 +126,23 @@ cdef class Turns:
         return 0
 
     def consume(self):
-        """Take note of having been told; look at the cells after this, not before."""
+        """Whether we were told; takes note of it. Look at the cells after this, not before."""
         cdef bint told = False
-        for participant in self.counted:
-            if load_relaxed_u32(&self._hot(participant).wake) != 0:
-                told |= cas_seqcst_u32(&self._hot(participant).wake, 1, 0)
+        cdef shmc_hot* hot
+        cdef uint32_t wake
+        for participant in self.members:  # also after `end`: a telling may be under way
+            if (<Participant>participant).left:
+                continue
+            hot = self._hot(participant)
+            wake = load_relaxed_u32(&hot.wake)
+            if wake & 1:
+                told |= cas_seqcst_u32(&hot.wake, wake, wake + 1)
                 step(b"wait.consumed")
         return bool(told)
+
+    def doorbell(self):
+        """A new `Doorbell` for this router as it takes part now."""
+        return Doorbell(self.members)
 
     def pass_on(self, uint64_t group):
         """Tell the next one: a cell may be free that none of our callers needs."""
@@ -136,9 +153,8 @@ cdef class Turns:
     def wake(self):
         """End a `sleep` of this router, begun or about to begin."""
         for participant in self.counted:
-            if cas_seqcst_u32(&self._hot(participant).wake, 0, 1):
-                futex_wake_all(&self._hot(participant).wake)
-                return
+            tell(self._hot(participant))
+            return
 
     def sleep(self, timeout_s):
         """Sleep until this router is told of a free cell, at most for `timeout_s` seconds."""
@@ -149,7 +165,9 @@ cdef class Turns:
         held = list(self.counted)  # keeps the memory mapped while we sleep
         for participant in held:
             words[i] = &self._hot(participant).wake
-            seen[i] = 0
+            seen[i] = load_seqcst_u32(words[i])
+            if seen[i] & 1:
+                return
             i += 1
         if i == 0:  # no slot was left anywhere
             words[0] = &self.alone

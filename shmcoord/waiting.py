@@ -1,17 +1,20 @@
-"""Waiting for capacity: one thread per router, a first-come queue per group, no polling.
+"""Waiting for capacity: a first-come queue per group, no polling.
 
-Whoever waits, on a thread or on an event loop, stands in the queue of his group. One thread sleeps
-until somebody frees a cell and tells this router so (`turns.pyx`), and serves the queues in order.
-Between the routers of all processes the one whose caller waits longest is told; callers of one
-router are served strictly in order.
+Whoever waits, on a thread or on an event loop, stands in the queue of his group. When somebody
+frees a cell and tells this router so (`turns.pyx`), the queues are served in order: by the event
+loop itself, which a doorbell wakes (`doorbell.pyx`), or by one thread, if threads wait. Between the
+routers of all processes the one whose caller waits longest is told; callers of one router are
+served strictly in order.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import heapq
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
+
+    from shmcoord.doorbell import Doorbell
 
 __all__ = ["LOST_WAKEUP_S", "LoopWaiter", "ThreadWaiter", "WaitQueue", "WakeUps"]
 
@@ -59,6 +64,13 @@ class WakeUps(Protocol):
 
     def sleep(self, timeout_s: float) -> object:
         """Block until we are told, or for the given seconds."""
+
+    @property
+    def version(self) -> int:
+        """Moves when a doorbell made before does not hear everything any more."""
+
+    def doorbell(self) -> Doorbell:
+        """What makes a descriptor readable when we are told."""
 
 
 class _Waiter(Generic[T]):
@@ -113,14 +125,11 @@ class ThreadWaiter(_Waiter[T]):
 class LoopWaiter(_Waiter[T]):
     """A caller on an event loop; `future` belongs to the loop."""
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, undo: Callable[[T], object], *args: Any
-    ) -> None:
+    def __init__(self, side: _LoopSide[T], undo: Callable[[T], object], *args: Any) -> None:
         super().__init__(*args)
-        self.future: asyncio.Future[T | None] = loop.create_future()
-        self._loop = loop
+        self.side = side
+        self.future: asyncio.Future[T | None] = side.loop.create_future()
         self._undo = undo
-        self._thread_id = threading.get_ident()
 
     def is_gone(self) -> bool:
         """Whether `future` was cancelled."""
@@ -128,11 +137,11 @@ class LoopWaiter(_Waiter[T]):
 
     def settle(self, result: T | None, error: BaseException | None) -> bool:
         """Have the loop set the result of `future`; what nobody takes there is undone there."""
-        if threading.get_ident() == self._thread_id:
+        if threading.get_ident() == self.side.thread_id:
             self._set(result, error)
             return True
         try:
-            self._loop.call_soon_threadsafe(self._set, result, error)
+            self.side.loop.call_soon_threadsafe(self._set, result, error)
         except RuntimeError:  # the loop was closed meanwhile
             return False
         return True
@@ -145,6 +154,72 @@ class LoopWaiter(_Waiter[T]):
             self.future.set_exception(error)
         else:
             self.future.set_result(result)
+
+
+class _LoopSide(Generic[T]):
+    """One event loop's part of a queue: its doorbell and its timer. Lives in the loop's thread."""
+
+    def __init__(self, queue: WaitQueue[T], loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.thread_id = threading.get_ident()
+        self.waiting = 0  # callers of this loop; changed under the queue's lock
+        self._queue = queue
+        self._bell: Doorbell | None = None
+        self._version = -1
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = float("inf")
+
+    def arm(self, deadline: float) -> None:
+        """Have the queue served when the bell rings, and looked at when the deadline comes."""
+        if self._version != self._queue.wake_ups.version:
+            self._unhook()
+            self._version = self._queue.wake_ups.version
+            self._bell = self._queue.wake_ups.doorbell()
+            self.loop.add_reader(self._bell.fd, self._rung, self._bell.fd)
+        now = time.monotonic()
+        due = min(deadline, now + LOST_WAKEUP_S)
+        if due < self._due:
+            self._set_timer(due, due - now)
+
+    def close(self) -> None:
+        """Let go of the loop."""
+        self._unhook()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set_timer(self, due: float, after_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = self.loop.call_later(max(after_s, 0.0), self._look)
+
+    def _rung(self, fd: int) -> None:
+        try:
+            os.read(fd, 8)
+        except (BlockingIOError, OSError):
+            return
+        self._queue.serve_told()
+
+    def _look(self) -> None:
+        """The net under lost wake-ups, and the time-outs."""
+        self._timer = None
+        if not self.waiting and self._due == float("inf"):  # nobody came for a while
+            self._queue.forget(self)
+            return
+        self._due = float("inf")
+        if self.waiting:
+            self._queue.serve_told()
+        if self.waiting:
+            self.arm(self._queue.next_deadline())
+        else:
+            self._timer = self.loop.call_later(LINGER_S, self._look)
+
+    def _unhook(self) -> None:
+        if self._bell is not None:
+            if not self.loop.is_closed():
+                self.loop.remove_reader(self._bell.fd)
+            self._bell.close()
+            self._bell = None
 
 
 class WaitQueue(Generic[T]):
@@ -169,7 +244,7 @@ class WaitQueue(Generic[T]):
         pass_on: Callable[[str | None], object],
         most: int = 1024,
     ) -> None:
-        self._wake_ups = wake_ups
+        self.wake_ups = wake_ups
         self._undo = undo
         self._pass_on = pass_on
         self._most = most
@@ -182,6 +257,7 @@ class WaitQueue(Generic[T]):
         self._begun = False
         self._asleep_until = float("-inf")
         self._thread: threading.Thread | None = None
+        self._sides: dict[asyncio.AbstractEventLoop, _LoopSide[T]] = {}
         self._closed = False
 
     def ahead(self, group: str) -> int:
@@ -200,7 +276,7 @@ class WaitQueue(Generic[T]):
         `future` gets the result, None at the time-out, or the error.
         """
         waiter = ThreadWaiter[T](
-            group, group_hash, attempt, time.monotonic() + timeout_s, self._wake_ups.tickets()
+            group, group_hash, attempt, time.monotonic() + timeout_s, self.wake_ups.tickets()
         )
         return waiter if self._enqueue(waiter) else None
 
@@ -210,12 +286,22 @@ class WaitQueue(Generic[T]):
         """`put` for the running event loop; `leave` if the task is cancelled."""
         import asyncio
 
+        loop = asyncio.get_running_loop()
+        side = self._sides.get(loop)
+        if side is None:
+            for other in [other for other in self._sides if other.is_closed()]:
+                self.forget(self._sides[other])
+            side = self._sides[loop] = _LoopSide(self, loop)
         waiter = LoopWaiter[T](
-            asyncio.get_running_loop(),
+            side,
             self._undo,
-            *(group, group_hash, attempt, time.monotonic() + timeout_s, self._wake_ups.tickets()),
+            *(group, group_hash, attempt, time.monotonic() + timeout_s, self.wake_ups.tickets()),
         )
-        return waiter if self._enqueue(waiter) else None
+        if not self._enqueue(waiter):
+            return None
+        if waiter.queued:
+            side.arm(waiter.deadline)
+        return waiter
 
     def leave(self, waiter: _Waiter[T]) -> None:
         """Take a caller out who does not want to wait any longer."""
@@ -226,13 +312,36 @@ class WaitQueue(Generic[T]):
         with self._lock:
             self._closed = True
             waiters = [waiter for queue in self._queues.values() for waiter in queue]
-            told = self._begun and self._wake_ups.consume()
+            told = self._begun and self.wake_ups.consume()
             self._forget_all()
             self._arrived.notify()
         if told:
             self._pass_on(None)
         for waiter in waiters:
             waiter.settle(None, None)
+        for side in list(self._sides.values()):
+            if threading.get_ident() == side.thread_id:
+                self.forget(side)
+            else:
+                with contextlib.suppress(RuntimeError):  # its loop was closed
+                    side.loop.call_soon_threadsafe(self.forget, side)
+
+    def forget(self, side: _LoopSide[T]) -> None:
+        """Let go of a loop on which nobody waits; in its thread, or once it is closed."""
+        self._sides.pop(side.loop, None)
+        side.close()
+
+    def serve_told(self) -> None:
+        """Serve the queues, on a loop: it was told of a free cell, or looks by itself."""
+        told = self.wake_ups.consume()
+        self._serve(told)
+        if told and not self._count:
+            self._pass_on(None)
+
+    def next_deadline(self) -> float:
+        """When the next caller's time is over (monotonic seconds); inf if nobody waits."""
+        with self._lock:
+            return self._next_deadline()
 
     # --- arriving and leaving
 
@@ -242,7 +351,7 @@ class WaitQueue(Generic[T]):
                 raise ValueError("the router is closed")
             if self._count >= self._most:
                 return False
-            if self._thread is None:
+            if self._thread is None and isinstance(waiter, ThreadWaiter):
                 thread = threading.Thread(target=self._run, name="shmcoord-waiting", daemon=True)
                 thread.start()  # may fail; it waits for our lock before it looks at the queues
                 self._thread = thread
@@ -250,6 +359,8 @@ class WaitQueue(Generic[T]):
             first = not any(not other.is_gone() for other in queue)
             queue.append(waiter)
             self._count += 1
+            if isinstance(waiter, LoopWaiter):
+                waiter.side.waiting += 1
             heapq.heappush(self._deadlines, (waiter.deadline, next(self._order), waiter))
             try:
                 self._begin()
@@ -262,7 +373,7 @@ class WaitQueue(Generic[T]):
         if first:
             self._try(waiter)
         if early:  # or his time-out would pass unnoticed until somebody else's
-            self._wake_ups.wake()
+            self.wake_ups.wake()
         return True
 
     def _remove(self, waiter: _Waiter[T]) -> bool:
@@ -276,7 +387,7 @@ class WaitQueue(Generic[T]):
 
     def _drop(self, waiter: _Waiter[T]) -> None:
         """The caller has the lock."""
-        waiter.queued = False
+        self._unqueue(waiter)
         queue = self._queues[waiter.group]
         if queue[0] is waiter:
             queue.popleft()
@@ -288,10 +399,16 @@ class WaitQueue(Generic[T]):
         if not self._count:
             self._deadlines.clear()
 
+    @staticmethod
+    def _unqueue(waiter: _Waiter[T]) -> None:
+        waiter.queued = False
+        if isinstance(waiter, LoopWaiter):
+            waiter.side.waiting -= 1
+
     def _forget_all(self) -> None:
         for queue in self._queues.values():
             for waiter in queue:
-                waiter.queued = False
+                self._unqueue(waiter)
         self._queues.clear()
         self._deadlines.clear()
         self._count = 0
@@ -299,7 +416,7 @@ class WaitQueue(Generic[T]):
 
     def _begin(self) -> None:
         if not self._begun:
-            self._wake_ups.begin()
+            self.wake_ups.begin()
             self._begun = True
 
     def _publish(self) -> None:
@@ -308,12 +425,12 @@ class WaitQueue(Generic[T]):
             return
         if not self._count:
             self._begun = False
-            self._wake_ups.end()
+            self.wake_ups.end()
             return
         heads = [(queue[0].group_hash, queue[0].tickets) for queue in self._queues.values()]
         if len(heads) > 1:
             heads.sort(key=lambda head: head[1][0])
-        self._wake_ups.publish(heads, self._count)
+        self.wake_ups.publish(heads, self._count)
 
     # --- the thread
 
@@ -327,16 +444,16 @@ class WaitQueue(Generic[T]):
                         if not self._count:
                             self._thread = None
                             return
-                self._serve(self._wake_ups.consume())
+                self._serve(self.wake_ups.consume())
                 with self._lock:
                     if not self._count:
                         continue
                     now = time.monotonic()
                     until = min(self._next_deadline(), now + LOST_WAKEUP_S)
                     self._asleep_until = until
-                self._wake_ups.sleep(max(until - now, 0.0))
+                self.wake_ups.sleep(max(until - now, 0.0))
                 self._asleep_until = float("-inf")
-                if not self._count and self._wake_ups.consume():
+                if not self._count and self.wake_ups.consume():
                     self._pass_on(None)  # told for callers who have gone
         except BaseException as error:  # noqa: BLE001 - everybody who waits must learn of it
             with self._lock:

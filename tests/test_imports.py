@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "policy": {"decision"},
     "update": set(),
-    "waiting": set(),
+    "waiting": {"doorbell"},
     # native: the only code that touches shared memory
     "segment": {"_atomics", "_layout", "_posix", "_steps", "errors"},
     "status": {"_atomics", "_layout", "_posix", "_steps", "segment"},
@@ -41,8 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "status",
     },
     "turns": {
-        *("_atomics", "_layout", "_posix", "_steps", "cells", "liveness", "segment", "status"),
+        *("_atomics", "_layout", "_posix", "_steps", "cells", "doorbell", "liveness"),
+        *("segment", "status"),
     },
+    "doorbell": {"_atomics", "_posix", "liveness", "segment"},
     "budget": {"_atomics", "errors", "segment"},
     "backend": {"_atomics", "_layout", "cells", "segment", "status"},
     "lease": {

@@ -1,0 +1,140 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""A doorbell for event loops: a native thread that turns a futex into a readable descriptor.
+
+An event loop waits for descriptors, and whoever frees a cell wakes a futex. Between the two stands
+one native thread per router and loop, which never takes the GIL: a Python thread in its place would
+wait for the loop's thread to let go of it, and the loop then for the other.
+"""
+cimport cython
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from shmcoord._atomics cimport load_acquire_u32, load_seqcst_u32, store_release_u32
+from shmcoord._posix cimport *
+from shmcoord.liveness cimport Participant
+from shmcoord.segment cimport MAPPING_FORKED
+
+import os
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int start, int flags)
+    enum: EFD_CLOEXEC, EFD_NONBLOCK
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t c_write "write" (int fd, const void* data, size_t size)
+
+cdef extern from "<pthread.h>" nogil:
+    int pthread_join(pthread_t thread, void** result)
+
+cdef enum:
+    # A thread that missed a telling looks again after this long, whatever happens.
+    AGAIN_NS = 1000000000
+
+
+cdef struct bell_t:
+    uint32_t* words[127]  # wake words of the router's slots
+    uint32_t count
+    uint32_t stop         # futex; set by the owner, once
+    int fd
+
+
+cdef void* _main(void* argument) noexcept nogil:
+    """Ring whenever a wake word has become odd: the router was told of a free cell."""
+    cdef bell_t* bell = <bell_t*>argument
+    cdef uint32_t* words[128]
+    cdef uint32_t seen[128]
+    cdef uint32_t rung[128]
+    cdef uint32_t i
+    cdef uint64_t one = 1
+    cdef bint told
+    for i in range(bell.count):
+        words[i] = bell.words[i]
+        rung[i] = 0
+    words[bell.count] = &bell.stop
+    while True:
+        # What is seen here is what the sleep below compares with: nothing is missed in between.
+        seen[bell.count] = load_acquire_u32(&bell.stop)
+        if seen[bell.count]:
+            return NULL
+        told = False
+        for i in range(bell.count):
+            seen[i] = load_seqcst_u32(words[i])
+            if seen[i] & 1 and rung[i] != seen[i]:
+                rung[i] = seen[i]
+                told = True
+        if told:
+            c_write(bell.fd, &one, sizeof(one))
+        futex_wait_any(words, seen, bell.count + 1, AGAIN_NS)
+    return NULL
+
+
+@cython.no_gc_clear  # __dealloc__ needs the participants: their memory is what the thread looks at
+cdef class Doorbell:
+    """Makes `fd` readable whenever the router behind some participants is told of a free cell.
+
+    Args:
+        participants: of one router, not left; at most 127.
+
+    Attributes:
+        fd: an eventfd; reading it makes it unreadable.
+    """
+
+    cdef list participants
+    cdef bell_t* bell
+    cdef pthread_t thread
+    cdef bint running
+    cdef readonly int fd
+
+    def __cinit__(self, list participants):
+        cdef sigset_t every, before
+        cdef Participant owner
+        cdef uint32_t i = 0
+        cdef int err
+        self.fd = -1
+        if len(participants) > 127:
+            raise ValueError(f"at most 127 participants, not {len(participants)}")
+        self.participants = list(participants)
+        self.bell = <bell_t*>calloc(1, sizeof(bell_t))
+        if self.bell == NULL:
+            raise MemoryError()
+        for participant in self.participants:
+            owner = <Participant>participant
+            self.bell.words[i] = &owner.entry.m.hot[owner.slot].wake
+            i += 1
+        self.bell.count = i
+        self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.fd < 0:
+            raise OSError(errno, os.strerror(errno), "eventfd")
+        self.bell.fd = self.fd
+        # Signals are for the threads of the application.
+        sigfillset(&every)
+        pthread_sigmask(SIG_SETMASK, &every, &before)
+        err = pthread_create(&self.thread, NULL, _main, self.bell)
+        pthread_sigmask(SIG_SETMASK, &before, NULL)
+        if err:
+            raise OSError(err, os.strerror(err), "a thread that waits for capacity")
+        self.running = True
+
+    def close(self):
+        """End the thread and close `fd`, which no loop may watch any more. Idempotent."""
+        self._close()
+
+    cdef void _close(self) noexcept:
+        cdef bint is_forked = False
+        for participant in self.participants:
+            is_forked = (<Participant>participant).entry.m.state == MAPPING_FORKED
+        if self.running:
+            self.running = False
+            if not is_forked:  # in a forked child there is no such thread
+                store_release_u32(&self.bell.stop, 1)
+                futex_wake_all(&self.bell.stop)
+                with nogil:
+                    pthread_join(self.thread, NULL)
+        if self.fd >= 0:
+            c_close(self.fd)
+            self.fd = -1
+
+    def __dealloc__(self):
+        if self.participants is not None:
+            self._close()
+        free(self.bell)
