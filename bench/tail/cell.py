@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import multiprocessing.context
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,14 @@ OVERLOAD_QUEUE_S = 0.35
 """In overload: who could not be handed to a node for so long is refused."""
 _LEASES = 1024  # of each node: who does not wait for capacity may have that many in flight
 _START_IN_S = 0.1
+
+
+_ENVIRONMENT = {
+    "GRPC_VERBOSITY": "NONE",  # or every end of a connection is told
+    # gRPC then waits for its sockets in the threads that use them, and not in further ones which
+    # must wake these: half as many switches between threads for each request, for all systems.
+    "GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener",
+}
 
 
 @dataclass(frozen=True)
@@ -91,13 +100,25 @@ class Measured:
     busy: float
 
 
+def _context() -> multiprocessing.context.ForkServerContext:
+    """Children are forked from a process that has imported all they need and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.tail.node", "bench.tail.router"])
+    before = dict(os.environ)
+    os.environ |= _ENVIRONMENT
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
 class _Child:
     """A process that speaks to us through a pipe."""
 
     def __init__(self, what: str, target: Callable[..., None], settings: object) -> None:
-        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # or every end of a connection is told
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bench.tail.node", "bench.tail.router"])
+        context = _context()
         self.control, theirs = context.Pipe()
         self.what = what
         self._process = context.Process(target=target, args=(theirs, settings), daemon=True)
