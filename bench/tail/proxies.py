@@ -59,6 +59,7 @@ http {{
 
 _HAPROXY = """\
 global
+    nbthread 1
     maxconn 8192
     tune.h2.max-concurrent-streams 4096
 defaults
