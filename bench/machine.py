@@ -18,6 +18,7 @@ PACKAGES = (
     "lmdb",
     "psutil",
     "pytest-benchmark",
+    "hdrhistogram",
 )
 
 

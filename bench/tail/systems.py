@@ -28,7 +28,6 @@ class System:
         joins: the nodes join a segment.
         capacity: with which capacity they join.
         policy: shmcoord's policy.
-        options: further arguments of shmcoord's router.
     """
 
     name: str
@@ -42,7 +41,6 @@ class System:
     joins: bool = False
     capacity: int | None = None
     policy: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 _WEIGHTED = {
@@ -71,7 +69,7 @@ _OTHERS = (
 )
 
 
-def _leased(name: str, title: str, policy: str, capacity: int | None, **options: Any) -> System:
+def _leased(name: str, title: str, policy: str, capacity: int | None) -> System:
     return System(
         name,
         title,
@@ -79,7 +77,6 @@ def _leased(name: str, title: str, policy: str, capacity: int | None, **options:
         joins=True,
         capacity=capacity,
         policy=policy,
-        options=options,
     )
 
 
