@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.machine import describe
 from bench.tail import matrix, store, table
 from bench.tail.cell import Cell, measure
-from bench.tail.proxies import ProxyMissing
+from bench.tail.proxies import ProxyMissing, versions
 from bench.tail.summary import bound, summarize
 from bench.tail.systems import BOUND, SYSTEMS
 from bench.tail.trace import ARRIVALS, SHAPES
@@ -41,7 +41,7 @@ def _arguments() -> argparse.Namespace:
     run.add_argument("--quick", action="store_true", help="one seed, two seconds each")
     run.add_argument("--resume", action="store_true", help="add what the last run has not measured")
     run.add_argument("--stop-after", type=float, metavar="S", help="begin no cell after so long")
-    report = commands.add_parser("report", help="tables of a run again")
+    report = commands.add_parser("report", help="write docs/tail.md and its figures")
     report.add_argument("--results", type=Path, metavar="FILE", help="default: the last run")
     return parser.parse_args()
 
@@ -115,10 +115,15 @@ def main() -> int:
     """Measures or reports."""
     options = _arguments()
     if options.command == "report":
-        _show(options.results or store.newest())
+        from bench.tail import document  # matplotlib is not needed to measure
+
+        path = options.results or store.newest()
+        _show(path)
+        heads, lines = store.read(path)
+        print(document.write(store.Results(lines), heads))
         return 0
     path = store.newest() if options.resume else store.new_file()
-    store.append(path, store.head(describe()))
+    store.append(path, store.head(describe(), versions()))
     seeds = options.seeds or (1 if options.quick else matrix.SEEDS)
     cells = list(matrix.in_order(_parts(options), seeds))
     ends = time.monotonic() + (options.stop_after or float("inf"))

@@ -106,6 +106,20 @@ def find(program: str) -> str:
     raise ProxyMissing(f"{package} was installed, but has no {program}")
 
 
+def versions() -> list[str]:
+    """What nginx and HAProxy say of themselves, of those that are there."""
+    found = []
+    for program in PACKAGES:
+        try:
+            done = subprocess.run([find(program), "-v"], capture_output=True, text=True)
+        except ProxyMissing:
+            continue
+        words = (done.stdout or done.stderr).splitlines()[0]
+        words = words.removeprefix("nginx version: ").partition(" - ")[0]
+        found.append(words.replace("/", " ").replace(" version", ""))
+    return found
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on just now."""
     with socket.socket() as taken:

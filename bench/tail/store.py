@@ -56,12 +56,13 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def head(machine: dict[str, Any]) -> dict[str, Any]:
+def head(machine: dict[str, Any], proxies: Sequence[str]) -> dict[str, Any]:
     """The first line of a run."""
     return {
         "format": FORMAT,
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine,
+        "proxies": list(proxies),
     }
 
 
