@@ -13,13 +13,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench.machine import describe
-from bench.tail import matrix, store, table
-from bench.tail.cell import Cell, measure
+from bench.tail import llm, matrix, store, table
+from bench.tail.cell import Cell, measure, measure_streams
 from bench.tail.proxies import ProxyMissing, versions
 from bench.tail.summary import bound, summarize
 from bench.tail.systems import BOUND, SYSTEMS
@@ -69,6 +71,17 @@ def _parts(options: argparse.Namespace) -> tuple[matrix.Part, ...]:
     return parts
 
 
+def _figures(cell: Cell) -> dict[str, Any]:
+    if cell.shape == llm.SHAPE:
+        streams = measure_streams(cell)
+        return llm.summarize(np.concatenate(streams.records), streams.cpu, streams.busy)
+    return summarize(cell, measure(cell))
+
+
+def _has_bound(cell: Cell) -> bool:
+    return not cell.in_flight and not cell.overload and cell.shape in SHAPES
+
+
 def _measure(path: Path, cells: Sequence[tuple[str, Cell]], ends: float) -> None:
     """Measures what is not yet in the file."""
     done = store.Results(store.read(path)[1])
@@ -84,7 +97,7 @@ def _measure(path: Path, cells: Sequence[tuple[str, Cell]], ends: float) -> None
         for part, cell in cells:
             progress.update(task, description=f"{part}: seed {cell.seed}, {cell.system}")
             reference = replace(cell, system=BOUND, routers=cell.routers)
-            if not cell.in_flight and not cell.overload and not done.has(reference):
+            if _has_bound(cell) and not done.has(reference):
                 store.append(path, line := store.line(reference, bound(reference)))
                 done.add(line)
             if not done.has(cell):
@@ -93,7 +106,7 @@ def _measure(path: Path, cells: Sequence[tuple[str, Cell]], ends: float) -> None
                 try:
                     if cell.system in missing:
                         raise ProxyMissing(missing[cell.system])
-                    figures = summarize(cell, measure(cell))
+                    figures = _figures(cell)
                 except ProxyMissing as error:
                     missing[cell.system] = str(error)
                     figures = {"skipped": str(error)}

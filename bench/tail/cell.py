@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 import shmcoord
 from bench.children import new_folder
+from bench.tail import llm_node, llm_router
 from bench.tail.clients import ClientSettings
 from bench.tail.clock import sleep_until
 from bench.tail.cpu import cpu_s, machine_busy_s
 from bench.tail.node import NodeSettings, run_node
 from bench.tail.proxies import find, free_port, haproxy_config, nginx_config, running
-from bench.tail.router import RECORD, RouterSettings, run_router
+from bench.tail.router import RouterSettings, run_router
 from bench.tail.systems import SYSTEMS, System
 from bench.tail.trace import NODES, SHAPES
 
@@ -106,7 +107,7 @@ class Measured:
 def _context() -> multiprocessing.context.ForkServerContext:
     """Children are forked from a process that has imported all they need and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.tail.node", "bench.tail.router"])
+    context.set_forkserver_preload(["bench.tail.llm_node", "bench.tail.llm_router"])
     before = dict(os.environ)
     os.environ |= _ENVIRONMENT
     try:
@@ -279,6 +280,40 @@ def measure(cell: Cell) -> Measured:
         return _run(cell, nodes, routers, groups)
 
 
+def measure_streams(cell: Cell) -> Measured:
+    """Runs one cell of the language model's shape; its records are of `llm.RECORD`."""
+    with contextlib.ExitStack() as stack:
+        segment = stack.enter_context(_segment())
+        settings = [NodeSettings(number, segment=segment) for number in range(NODES)]
+        nodes = _start(stack, "node", llm_node.run_node, settings)
+        ports = [child.hear(START_TIMEOUT_S) for child in nodes]
+        routers = _start(
+            stack,
+            "router",
+            llm_router.run_router,
+            [
+                llm_router.StreamSettings(
+                    number,
+                    cell.routers,
+                    way=cell.system,
+                    segment=segment,
+                    targets=tuple(f"127.0.0.1:{port}" for port in ports),
+                    load=cell.load,
+                    seconds=cell.warmup_s + cell.seconds,
+                    seed=cell.seed,
+                )
+                for number in range(cell.routers)
+            ],
+        )
+        for child in routers:
+            child.hear(START_TIMEOUT_S)
+        groups = {
+            "routers": [child.pid for child in routers],
+            "nodes": [child.pid for child in nodes],
+        }
+        return _run(cell, nodes, routers, groups)
+
+
 def _run(
     cell: Cell, nodes: list[_Child], routers: list[_Child], groups: dict[str, list[int]]
 ) -> Measured:
@@ -301,7 +336,7 @@ def _run(
         records[(records["due_ns"] >= begin_ns) & (records["due_ns"] < end_ns)] for records in whole
     ]
     return Measured(
-        records=tuple(np.asarray(records, RECORD) for records in measured),
+        records=tuple(measured),
         start_ns=start_ns,
         over_ns=over_ns,
         cpu={name: after[name] - before[name] for name in groups},

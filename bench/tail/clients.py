@@ -24,7 +24,7 @@ STATUS_AGE_S = 2.0
 """How often a router looks at the nodes' status where it does so from time to time only."""
 
 _CONNECT_TIMEOUT_S = 20.0
-_OPTIONS: tuple[tuple[str, Any], ...] = (
+OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
 )
@@ -76,7 +76,7 @@ class Client(Protocol):
 
 def _channel(targets: Sequence[str], balancer: dict[str, Any]) -> grpc.aio.Channel:
     config = json.dumps({"loadBalancingConfig": [balancer]})
-    options = [*_OPTIONS, ("grpc.service_config", config)]
+    options = [*OPTIONS, ("grpc.service_config", config)]
     return grpc.aio.insecure_channel(f"ipv4:{','.join(targets)}", options=options)
 
 

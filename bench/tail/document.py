@@ -72,7 +72,7 @@ def _setting(results: Results, setting: Setting) -> Iterator[str]:
     yield f"### {table.setting_title(setting)}\n"
     yield f"{len(seeds)} seeds, {setting.seconds:g} s measured of each.\n"
     rows = (cells for _, cells in table.rows(results, setting))
-    yield from _table(table.COLUMNS, rows)
+    yield from _table(table.columns(setting), rows)
 
 
 def text(results: Results, machine: str, names: Sequence[str]) -> str:

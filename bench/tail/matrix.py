@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from bench.tail import llm
 from bench.tail.cell import Cell
 from bench.tail.systems import MAIN, SYSTEMS
 
@@ -55,6 +56,13 @@ def _cells(
     )
 
 
+def _streams(seconds: float, load: float) -> tuple[Cell, ...]:
+    return tuple(
+        Cell(system, shape=llm.SHAPE, load=load, seconds=seconds, warmup_s=5.0)
+        for system in llm.WAYS
+    )
+
+
 _BEST = ("haproxy", "haproxy-maxconn1", MAIN)
 _UNLIMITED = "shmcoord-least-loaded"
 
@@ -87,6 +95,7 @@ def standard(main_s: float = 12.0, other_s: float = 6.0) -> tuple[Part, ...]:
             "routers",
             _cells(("least-known", "haproxy-maxconn1", MAIN), other_s, routers=(1, 2, 12)),
         ),
+        Part("llm", _streams(main_s, 0.6)),
     )
 
 

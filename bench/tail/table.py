@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.report import machine_line
+from bench.tail import llm
 from bench.tail.bars import Bar, bars, compare
 from bench.tail.stats import Estimate, mean
 from bench.tail.store import Results, Setting, figure
@@ -22,7 +23,9 @@ LATENCIES = ("p50", "mean", "p99", "p99.9")
 
 def title_of(system: str) -> str:
     """The name of a system for people."""
-    return "one queue (bound)" if system == BOUND else SYSTEMS[system].title
+    if system == BOUND:
+        return "one queue (bound)"
+    return llm.WAYS[system].title if system in llm.WAYS else SYSTEMS[system].title
 
 
 def setting_title(setting: Setting) -> str:
@@ -30,13 +33,16 @@ def setting_title(setting: Setting) -> str:
     routers = f"{setting.routers} router{'s' if setting.routers > 1 else ''}"
     if setting.in_flight:
         return f"closed loop, {setting.in_flight} in flight without work, {routers}"
+    if setting.shape == llm.SHAPE:
+        rate = setting.load * llm.FULL_RATE
+        return f"language model, {rate:.3g} requests/s, {setting.arrivals} arrivals, {routers}"
     shape = SHAPES[setting.shape].title
     return f"{setting.load:.0%} load, {setting.arrivals} arrivals, {shape}, {routers}"
 
 
 def order(results: Results, setting: Setting) -> list[str]:
     """The systems of a setting: the bound, then as in SYSTEMS."""
-    known = [BOUND, *SYSTEMS]
+    known = [BOUND, *SYSTEMS, *llm.WAYS]
     return sorted(results.systems(setting), key=known.index)
 
 
@@ -55,7 +61,10 @@ def times(found: Estimate | None) -> str:
 
 
 def rows(results: Results, setting: Setting) -> Iterator[tuple[str, list[str]]]:
-    """Each system and its cells of the table: see `COLUMNS`."""
+    """Each system and its cells of the table: see `columns`."""
+    if setting.shape == llm.SHAPE:
+        yield from _stream_rows(results, setting)
+        return
     for system in order(results, setting):
         cells = list(results.of(setting, system).values())
         if not cells:
@@ -72,6 +81,40 @@ def rows(results: Results, setting: Setting) -> Iterator[tuple[str, list[str]]]:
         yield system, [title_of(system), *latencies, against, *_usage(cells)]
 
 
+def columns(setting: Setting) -> tuple[str, ...]:
+    """Names of the columns of `rows`."""
+    return STREAM_COLUMNS if setting.shape == llm.SHAPE else COLUMNS
+
+
+def _stream_rows(results: Results, setting: Setting) -> Iterator[tuple[str, list[str]]]:
+    for system in order(results, setting):
+        cells = list(results.of(setting, system).values())
+        against = compare(results, setting, "llm-least-cost", system, ("latency_ms", "p99"))
+        yield (
+            system,
+            [
+                title_of(system),
+                *(
+                    milliseconds(mean([figure(c, (what, name)) for c in cells]).value)
+                    for what in ("first_token_ms", "latency_ms", "per_token_ms")
+                    for name in ("p50", "p99")
+                ),
+                "" if system == "llm-least-cost" else times(against),
+                f"{sum(c['answered'] for c in cells) / sum(c['requests'] for c in cells):.1%}",
+            ],
+        )
+
+
+STREAM_COLUMNS = (
+    "system",
+    *(
+        f"{what} {name} ms"
+        for what in ("first token", "last token", "per token")
+        for name in ("p50", "p99")
+    ),
+    "last token p99 of least cost against it",
+    "answered",
+)
 COLUMNS = (
     "system",
     *(f"{name} ms" for name in LATENCIES),
@@ -107,7 +150,7 @@ def setting_table(results: Results, setting: Setting) -> Table:
         title=f"{setting_title(setting)}; {len(seeds)} × {setting.seconds:g} s",
         title_justify="left",
     )
-    for name in COLUMNS:
+    for name in columns(setting):
         table.add_column(name, justify="left" if name == "system" else "right")
     for system, cells in rows(results, setting):
         table.add_row(*cells, style="bold" if system == MAIN else "")
