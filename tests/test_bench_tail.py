@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("hdrh", reason="hdrhistogram is not installed (extra `bench`)")
 
-from bench.tail import matrix, proxies, stats, store
+from bench.tail import llm, matrix, proxies, stats, store
 from bench.tail.bars import bars
 from bench.tail.bound import one_queue
-from bench.tail.cell import Cell, measure
+from bench.tail.cell import Cell, measure, measure_streams
 from bench.tail.router import Outcome
 from bench.tail.summary import bound, decode, encode, histogram, merged, summarize
 from bench.tail.systems import BOUND, MAIN, SYSTEMS
@@ -107,14 +107,32 @@ def test_every_request_arrives_at_one_router() -> None:
         assert sorted(np.concatenate(parts).tolist()) == list(range(len(trace.arrival_s)))
 
 
-def test_all_systems_of_a_part_get_the_same_traces() -> None:
+def test_all_systems_get_the_same_traces_in_an_order_that_changes() -> None:
     for part in matrix.standard():
-        seen: dict[tuple[object, ...], set[str]] = {}
-        for _, cell in matrix.in_order([part], seeds=2):
-            setting = (cell.shape, cell.arrivals, cell.load, cell.routers, cell.seed, cell.seconds)
-            seen.setdefault(setting, set()).add(cell.system)
-        assert len({frozenset(systems) for systems in seen.values()}) <= len(part.cells)
-        assert all(MAIN in systems for systems in seen.values())
+        orders: dict[int, list[str]] = {}
+        systems: dict[tuple[object, ...], set[str]] = {}
+        for _, cell in matrix.in_order([part], seeds=5):
+            orders.setdefault(cell.seed, []).append(f"{cell.system} {cell.load} {cell.shape}")
+            setting = (cell.shape, cell.arrivals, cell.load, cell.routers, cell.in_flight)
+            systems.setdefault((*setting, cell.seed), set()).add(cell.system)
+        assert len({tuple(order) for order in orders.values()}) > 1
+        assert len({tuple(sorted(order)) for order in orders.values()}) == 1
+        assert min(len(names) for names in systems.values()) >= 3
+
+
+def test_streams_are_the_same_every_time_and_cost_what_they_may_hold() -> None:
+    one, same, other = (llm.make_streams(0.6, 50.0, seed) for seed in (1, 1, 2))
+    assert np.array_equal(one.prompt, same.prompt)
+    assert np.array_equal(one.arrival_s, same.arrival_s)
+    assert not np.array_equal(one.prompt[:20], other.prompt[:20])
+    assert len(one.arrival_s) / 50 == pytest.approx(0.6 * llm.FULL_RATE, rel=0.1)
+    assert np.all(one.answer <= one.limit)
+    assert np.all(one.limit < 2 * one.answer)
+    assert one.cost(0) == math.ceil((one.prompt[0] + one.limit[0]) / 16)
+    # What the nodes can just serve, as the docstring says it.
+    held = one.answer * (one.prompt + one.answer / 2) * llm.STEP_PER_TOKEN_S
+    needed_s = (held + one.prompt * llm.PREFILL_PER_TOKEN_S).mean()
+    assert NODES / needed_s == pytest.approx(llm.FULL_RATE, rel=0.15)
 
 
 # --- figures
@@ -171,11 +189,11 @@ def test_bars_say_no_where_the_limit_is_passed() -> None:
     found = {
         (bar.what, bar.against, bar.setting): bar.reached for bar in bars(store.Results(lines))
     }
-    assert found["p99", BOUND, "85% load"] is True
-    assert found["p99", "haproxy-maxconn1", "85% load"] is False  # 1.007 is not at most 1
-    assert found["median", "haproxy-maxconn1", "85% load"] is False  # equal is not lower
-    assert found["p99", "nginx", "85% load"] is None
-    assert found["p99", BOUND, "70% load"] is None
+    assert found["p99", BOUND, "85 % load"] is True
+    assert found["p99", "haproxy-maxconn1", "85 % load"] is False  # 1.007 is not at most 1
+    assert found["median", "haproxy-maxconn1", "85 % load"] is False  # equal is not lower
+    assert found["p99", "nginx", "85 % load"] is None
+    assert found["p99", BOUND, "70 % load"] is None
 
 
 def test_results_are_kept_line_by_line(tmp_path: Path) -> None:
@@ -188,6 +206,87 @@ def test_results_are_kept_line_by_line(tmp_path: Path) -> None:
     assert results.has(Cell(MAIN, load=0.85, seed=1))
     assert not results.has(Cell(MAIN, load=0.85, seed=2))
     assert not results.has(Cell(MAIN, load=0.85, seed=1, seconds=1.0))
+
+
+def _made_up(system: str, load: float, routers: int, seed: int) -> dict[str, object]:
+    """A whole line, of latencies that nobody has measured."""
+    cell = Cell(system, load=load, routers=routers, seed=seed)
+    if system == BOUND:
+        return store.line(cell, bound(cell))
+    rng = np.random.default_rng([seed, len(system), routers])
+    latency_s = 0.005 + rng.exponential(0.02 / (1 - load), 3000)
+    p50, p90, p99, p999 = np.percentile(latency_s * 1e3, [50, 90, 99, 99.9])
+    return store.line(
+        cell,
+        {
+            "requests": 3000,
+            "answered": 3000,
+            "refused": 0,
+            "latency_ms": {
+                "mean": latency_s.mean() * 1e3,
+                "p50": p50,
+                "p90": p90,
+                "p99": p99,
+                "p99.9": p999,
+            },
+            "histogram": encode(histogram(latency_s.tolist())),
+            "goodput": 250.0,
+            "idle_gap_ms": {"p50": 0.4},
+            "cpu_us": {"routers": 500.0, "nodes": 300.0, "proxy": 0.0},
+            "machine_busy": 0.4,
+        },
+    )
+
+
+def test_the_document_has_every_figure_and_table(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `bench`)")
+    from bench.tail import document
+
+    systems = (BOUND, MAIN, "haproxy-maxconn1", "round-robin")
+    lines = [
+        _made_up(system, load, routers, seed)
+        for load, routers in ((0.5, 6), (0.7, 6), (0.85, 6), (0.95, 6), (0.85, 1), (0.85, 12))
+        for system in systems
+        for seed in (1, 2)
+    ]
+    machine = {
+        "cpu": "a CPU",
+        "cores": 2,
+        "kernel": "Linux",
+        "python": "CPython",
+        "packages": {"grpcio": "1"},
+        "commit": "abc",
+        "load_average": [0.0],
+    }
+    page = document.write(
+        store.Results(lines), [store.head(machine, ["nginx 1", "haproxy 2"])], tmp_path
+    )
+    text = page.read_text()
+    assert text.count("\n### ") == 6
+    assert "a CPU, 2 cores" in text
+    names = {path.name for path in (tmp_path / "img").iterdir()}
+    expected = (
+        "distribution-70",
+        "distribution-85",
+        "ranking-70",
+        "ranking-85",
+        "loads",
+        "routers",
+    )
+    assert names == {f"tail-{name}.{kind}" for name in expected for kind in ("png", "svg")}
+    for name in expected:
+        assert f"img/tail-{name}.svg" in text
+
+
+def test_labels_are_moved_apart_and_no_further() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra `bench`)")
+    from bench.tail.plots import spread
+
+    assert spread([5.0, 1.0, 9.0], 2.0) == [5.0, 1.0, 9.0]
+    assert spread([1.0, 1.0], 2.0) == [0.0, 2.0]
+    placed = spread([3.0, 3.1, 3.2, 10.0], 1.0)
+    assert placed[:3] == pytest.approx([2.1, 3.1, 4.1])
+    assert placed[3] == 10.0
 
 
 # --- the proxies
@@ -245,6 +344,19 @@ def test_a_cell_from_start_to_end(system: str) -> None:
         mine = np.sort(records[records["node"] == node], order="begun_ns")
         assert np.all(mine["begun_ns"][1:] >= mine["ended_ns"][:-1])
     assert math.isfinite(figures["cpu_us"]["nodes"])
+
+
+def test_a_cell_of_streams_from_start_to_end() -> None:
+    cell = Cell("llm-least-cost", llm.SHAPE, load=0.2, routers=2, warmup_s=0.2, seconds=0.8)
+    measured = measure_streams(cell)
+    records = np.concatenate(measured.records)
+    figures = llm.summarize(records, measured.cpu, measured.busy)
+    assert figures["answered"] == figures["requests"] > 3
+    streams = llm.make_streams(0.2, 1.0, cell.seed)
+    assert np.array_equal(records["tokens"], streams.answer[records["index"]])
+    took_s = (records["done_ns"] - records["due_ns"]) / 1e9
+    assert np.all(took_s >= llm.STEP_S * streams.answer[records["index"]])
+    assert np.all(records["first_ns"] <= records["done_ns"])
 
 
 def test_every_policy_is_a_system() -> None:

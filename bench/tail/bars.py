@@ -98,7 +98,9 @@ def _latency(results: Results) -> list[Bar]:
             ):
                 if limit is not None:
                     found = setting and compare(results, setting, MAIN, against, path)
-                    bars.append(Bar(what, against, f"{load:.0%} load", limit, sign, found or None))
+                    bars.append(
+                        Bar(what, against, f"{load * 100:.0f} % load", limit, sign, found or None)
+                    )
     return bars
 
 

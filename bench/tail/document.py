@@ -96,9 +96,10 @@ def write(results: Results, heads: Sequence[dict[str, Any]], docs: Path = DOCS) 
     """Writes the page and its figures; returns the page's path."""
     machine = heads[-1]["machine"]
     packages = machine["packages"]
+    proxies = heads[-1]["proxies"]
     line = (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['kernel']}, {machine['python']}, "
-        f"grpcio {packages.get('grpcio', '–')}, {', '.join(heads[-1].get('proxies', []))}, "
+        f"grpcio {packages.get('grpcio', '–')}, {''.join(f'{each}, ' for each in proxies)}"
         f"shmcoord {packages.get('shmcoord', '–')} ({machine['commit']}), "
         f"{heads[-1]['measured_at'][:10]}."
     )

@@ -13,13 +13,13 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.tail.stats import mean
 from bench.tail.store import Results, Setting, figure
 from bench.tail.summary import decode, merged
 from bench.tail.systems import BOUND, MAIN
-from bench.tail.table import order, setting_title, title_of
+from bench.tail.table import milliseconds, order, setting_title, title_of
 
 # Okabe and Ito's colours, which can be told apart by those who see fewer; and dashes, for print.
 _LOOKS: dict[str, tuple[str, str]] = {
@@ -68,6 +68,7 @@ def _look(system: str) -> dict[str, Any]:
 
 
 def _milliseconds(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -93,18 +94,16 @@ def spread(wanted: Sequence[float], apart: float) -> list[float]:
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
     """Writes each line's name beside its right end, moved apart where they would overlap."""
-    axes.figure.canvas.draw()
-    to_pixels = axes.transData.transform
-    heights = [to_pixels((x, y))[1] for _, x, y in ends]
-    apart = axes.figure.dpi / 72 * 11.5
-    right = axes.get_window_extent().x1
-    for (system, x, y), height in zip(ends, spread(heights, apart), strict=True):
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [to_axes.transform((x, y))[1] for _, x, y in ends]
+    line = 11.5 / 72 / (axes.get_position().height * axes.figure.get_size_inches()[1])
+    for (system, x, y), height in zip(ends, spread(heights, line), strict=True):
         color = _look(system)["color"]
         axes.annotate(
             title_of(system),
             xy=(x, y),
-            xytext=(right + 10, height),
-            textcoords="figure pixels",
+            xytext=(1.03, height),
+            textcoords="axes fraction",
             va="center",
             fontsize=8.5,
             color=color,
@@ -122,8 +121,8 @@ def _histogram(results: Results, setting: Setting, system: str) -> Any:
 def distribution(results: Results, setting: Setting) -> Figure:
     """Latency over the percentile: how bad are the worst so many."""
     drawn, axes = plt.subplots(figsize=(9.5, 5.2), layout="none")
-    drawn.subplots_adjust(left=0.08, right=0.7, top=0.88, bottom=0.15)
-    nines = [0.0, 0.5, *(1 - 10 ** -(k / 12) for k in range(4, 37))]
+    drawn.subplots_adjust(left=0.08, right=0.7, top=0.88, bottom=0.16)
+    nines = [k / 20 for k in range(10)] + [1 - 10 ** -(k / 12) for k in range(4, 37)]
     ends = []
     for system in CURVES:
         if system not in results.systems(setting) or not results.of(setting, system):
@@ -136,6 +135,7 @@ def distribution(results: Results, setting: Setting) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(1, 1000)
+    axes.autoscale_view()
     ticks = {1 / (1 - share): f"{share * 100:g} %" for share in (0.0, 0.5, 0.9, 0.99, 0.999)}
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -157,7 +157,9 @@ def ranking(results: Results, setting: Setting) -> Figure:
     """Every system's median and p99, with the interval of each."""
     systems = [name for name in order(results, setting) if results.of(setting, name)]
     systems.sort(key=lambda name: -_interval(results, setting, name, "p99")[0])
-    drawn, axes = plt.subplots(figsize=(9.5, 1.4 + 0.33 * len(systems)), layout="constrained")
+    height = 1.5 + 0.33 * len(systems)
+    drawn, axes = plt.subplots(figsize=(9.5, height), layout="none")
+    drawn.subplots_adjust(left=0.3, right=0.98, top=1 - 0.4 / height, bottom=0.75 / height)
     for row, system in enumerate(systems):
         for name, marker, filled in (("p50", "o", False), ("p99", "o", True)):
             value, low, high = _interval(results, setting, system, name)
@@ -166,7 +168,7 @@ def ranking(results: Results, setting: Setting) -> Figure:
             face = color if filled else "white"
             axes.plot(value, row, marker, color=color, markerfacecolor=face, markersize=7)
             axes.annotate(
-                f"{value:.3g}",
+                milliseconds(value),
                 (value, row),
                 xytext=(0, 7),
                 textcoords="offset points",
@@ -195,7 +197,7 @@ def _against(
 ) -> Figure:
     """The p99 of each system as something changes."""
     drawn, axes = plt.subplots(figsize=(9.5, 4.6), layout="none")
-    drawn.subplots_adjust(left=0.08, right=0.7, top=0.9, bottom=0.14)
+    drawn.subplots_adjust(left=0.08, right=0.7, top=0.9, bottom=0.16)
     ends = []
     for system in _LOOKS:
         points = [
@@ -261,7 +263,7 @@ def figures(results: Results) -> Iterable[tuple[str, Figure]]:
                     routers,
                     lambda setting: setting.routers,
                     "router processes",
-                    "85% load, bimodal work, Poisson arrivals",
+                    "85 % load, bimodal work, Poisson arrivals",
                 ),
             )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import socket
@@ -114,9 +115,8 @@ def versions() -> list[str]:
             done = subprocess.run([find(program), "-v"], capture_output=True, text=True)
         except ProxyMissing:
             continue
-        words = (done.stdout or done.stderr).splitlines()[0]
-        words = words.removeprefix("nginx version: ").partition(" - ")[0]
-        found.append(words.replace("/", " ").replace(" version", ""))
+        number = re.search(r"\d+\.\d+\.\d+", done.stdout + done.stderr)
+        found.append(f"{program} {number.group() if number else '?'}")
     return found
 
 

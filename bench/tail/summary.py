@@ -67,20 +67,26 @@ def _quantiles_ms(values_ns: NDArray[Any]) -> dict[str, float]:
     }
 
 
-def gaps_ns(records: NDArray[np.void], busy_only: bool = True) -> NDArray[np.int64]:
-    """How long a node stood still between two requests although the second had arrived.
-
-    Args:
-        records: of all routers.
-        busy_only: only where the second had arrived before the first ended.
-    """
+def gaps_ns(records: NDArray[np.void]) -> NDArray[np.int64]:
+    """How long nodes stood still between two requests of which the second had arrived before."""
     gaps = []
     for node in range(NODES):
         mine = np.sort(records[records["node"] == node], order="begun_ns")
         gap = mine["begun_ns"][1:] - mine["ended_ns"][:-1]
-        if busy_only:
-            gap = gap[mine["due_ns"][1:] < mine["ended_ns"][:-1]]
-        gaps.append(gap)
+        gaps.append(gap[mine["due_ns"][1:] < mine["ended_ns"][:-1]])
+    return np.concatenate(gaps)
+
+
+def handover_ns(records: NDArray[np.void]) -> NDArray[np.int64]:
+    """From the end of a node's work until its next request is sent, which had arrived before.
+
+    Only of requests that waited in front of the nodes: those sent before count for nothing.
+    """
+    gaps = []
+    for node in range(NODES):
+        mine = np.sort(records[records["node"] == node], order="begun_ns")
+        gap = mine["sent_ns"][1:] - mine["ended_ns"][:-1]
+        gaps.append(gap[(mine["due_ns"][1:] < mine["ended_ns"][:-1]) & (gap > 0)])
     return np.concatenate(gaps)
 
 
@@ -114,6 +120,7 @@ def summarize(cell: Cell, measured: Measured) -> dict[str, Any]:
         "refused_after_ms": _quantiles_ms(refused["done_ns"] - refused["due_ns"]),
         "to_send_ms": _quantiles_ms(answered["sent_ns"] - answered["due_ns"]),
         "idle_gap_ms": _quantiles_ms(gaps_ns(answered)),
+        "handover_ms": _quantiles_ms(handover_ns(answered)),
         "over_work_ms": _quantiles_ms(measured.over_ns),
         "node_share": (np.bincount(answered["node"], minlength=NODES) / max(1, len(answered)))
         .round(4)

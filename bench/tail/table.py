@@ -35,9 +35,10 @@ def setting_title(setting: Setting) -> str:
         return f"closed loop, {setting.in_flight} in flight without work, {routers}"
     if setting.shape == llm.SHAPE:
         rate = setting.load * llm.FULL_RATE
-        return f"language model, {rate:.3g} requests/s, {setting.arrivals} arrivals, {routers}"
+        return f"language model, {rate:.3g} requests/s, Poisson arrivals, {routers}"
     shape = SHAPES[setting.shape].title
-    return f"{setting.load:.0%} load, {setting.arrivals} arrivals, {shape}, {routers}"
+    arrivals = "Poisson" if setting.arrivals == "poisson" else setting.arrivals
+    return f"{setting.load * 100:g} % load, {arrivals} arrivals, {shape}, {routers}"
 
 
 def order(results: Results, setting: Setting) -> list[str]:
