@@ -110,10 +110,12 @@ class _Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         with work:
             self._engine.join(stream)
             try:
-                while stream.made < stream.answer:
+                sent = 0
+                while sent < stream.answer:
                     await stream.told.wait()
                     stream.told.clear()
-                    yield MESSAGE.pack(self._number, stream.made)
+                    sent = stream.made  # while this is on its way, the engine goes on
+                    yield MESSAGE.pack(self._number, sent)
             finally:
                 self._engine.leave(stream)
 
