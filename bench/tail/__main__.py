@@ -8,6 +8,7 @@ saved as it comes: with --resume an interrupted run goes on where it ended.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -126,6 +127,7 @@ def _show(path: Path) -> None:
 
 def main() -> int:
     """Measures or reports."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped
     options = _arguments()
     if options.command == "report":
         from bench.tail import document  # matplotlib is not needed to measure
