@@ -67,7 +67,7 @@ _BEST = ("haproxy", "haproxy-maxconn1", MAIN)
 _UNLIMITED = "shmcoord-least-loaded"
 
 
-def standard(main_s: float = 12.0, other_s: float = 6.0) -> tuple[Part, ...]:
+def standard(main_s: float = 12.0, other_s: float = 5.0) -> tuple[Part, ...]:
     """The standard matrix, by how long a cell of its main part, and of the others, is measured."""
     return (
         Part("main", _cells(SYSTEMS, main_s, loads=(0.7, 0.85))),
