@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard shmcoord/*.pyx shmcoord/*.pxd shmcoord/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test faults sanitize test-all lint format bench proto clean
+.PHONY: help build demo test faults sanitize test-all lint format bench bench-sim proto clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ format: $(VENV)/.dev  ## format the Python code
 
 bench: $(VENV)/.dev  ## measure against other ways; prints one table, writes JSON
 	$(BIN)/python -m bench
+
+bench-sim: $(VENV)/.dev  ## simulate all policies; fills in docs/policies.md and its plots
+	$(BIN)/python -m bench.sim sweep
+	$(BIN)/python -m bench.sim report
 
 proto: $(VENV)/.dev  ## generate servers/pb from proto/
 	$(BIN)/python -m servers.pb.generate
