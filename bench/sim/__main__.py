@@ -106,7 +106,10 @@ def point(is_json: bool, **options: Any) -> None:
 def sweep_command(names: tuple[str, ...], workers: int | None, keep: bool, output: Path) -> None:
     """Simulate all points of docs/policies.md; writes a JSON file that `report` reads."""
     kept = sweep.load(output) if keep and output.exists() else None
-    done = sweep.run(studies.points(names), workers=workers, kept=kept)
+    points = studies.points(names)
+    if kept and not names:
+        kept = kept.only(points)
+    done = sweep.run(points, workers=workers, kept=kept)
     done.save(output)
     requests = sum(point.requests for point in done.results)
     click.echo(

@@ -59,6 +59,11 @@ class Sweep:
         """A time of a point, in milliseconds."""
         return float(self.of(point)[key]["value"]) * 1e3
 
+    def only(self, points: Iterable[Point]) -> Sweep:
+        """Without what is not among the points."""
+        wanted = set(points)
+        return replace(self, results={p: r for p, r in self.results.items() if p in wanted})
+
     def save(self, path: Path = PATH) -> None:
         """Writes the file; `load` reads it."""
         rows = [
