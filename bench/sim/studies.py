@@ -52,7 +52,7 @@ def sized(point: Point) -> Point:
     if point.load >= 0.9:
         measured = max(measured, 3_000_000)
     if point.nodes > 2000 and point.age_s == 0.0:  # short queues: soon as they will always be
-        warmup, measured = 1_000_000, 2_000_000
+        warmup, measured = 1_000_000, 1_000_000
     return replace(point, requests=warmup + measured, warmup=warmup)
 
 
