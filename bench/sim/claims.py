@@ -122,6 +122,36 @@ def the_number_of_nodes_matters_little(sweep: Sweep) -> bool:
     return True
 
 
+def more_routers_herd_later(sweep: Sweep) -> bool:
+    """The more routers, each with its own copy times, the older the copies may be."""
+    for nodes in studies.GROUPS:
+        for rival in ("power-of-two", "round-robin"):
+            ages = [
+                crossing(sweep, "least-loaded", rival, nodes=nodes, routers=routers) or 2.0
+                for routers in studies.ROUTERS
+            ]
+            if ages != sorted(ages) or ages[-1] < 2 * ages[0]:
+                return False
+    return True
+
+
+def two_choices_lose_to_none_in_the_end(sweep: Sweep) -> bool:
+    """Round-robin beats two choices later than it beats the least; at low load soon."""
+
+    def age(policy: str, load: float) -> float:
+        return crossing(sweep, policy, "round-robin", load=load) or 2.0
+
+    return (
+        all(
+            age("power-of-two", load) > age("least-loaded", load)
+            for load in studies.LOADS
+            if load >= 0.5
+        )
+        and age("power-of-two", 0.3) < age("power-of-two", 0.7) / 2
+        and age("power-of-two", 0.95) > 2 * age("power-of-two", 0.7)
+    )
+
+
 def slow_nodes(sweep: Sweep) -> bool:
     """Hot-cold gains with very slow nodes, loses among equal ones; blind ones do not keep up."""
 
@@ -194,6 +224,8 @@ CLAIMS: tuple[Callable[[Sweep], bool], ...] = (
     old_load_is_worse_than_none,
     own_sends_help_at_any_age,
     the_number_of_nodes_matters_little,
+    more_routers_herd_later,
+    two_choices_lose_to_none_in_the_end,
     slow_nodes,
     affinity_pays,
     bursts_level,
