@@ -300,7 +300,7 @@ def filled(text: str, sweep: Sweep) -> str:
     return _MARKED.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](sweep)}\n\n{match[3]}", text)
 
 
-def fill(sweep: Sweep, path: Path = PATH) -> list[Path]:
+def fill(sweep: Sweep, path: Path = PATH) -> Path:
     """Writes the page, if what it claims is so.
 
     Raises:
@@ -308,4 +308,4 @@ def fill(sweep: Sweep, path: Path = PATH) -> list[Path]:
     """
     claims.check(sweep)
     path.write_text(filled(path.read_text(encoding="utf-8"), sweep), encoding="utf-8")
-    return [path]
+    return path
