@@ -1,7 +1,7 @@
-"""Builds `_native.pyx` against the installed shmcoord, as any downstream module would be built.
+"""Builds modules against the installed shmcoord, as any downstream module would be built.
 
-`python -m bench.native` builds it into bench/build/; `load()` does so when it is needed, in a
-process of its own, and imports it.
+`python -m bench.native` builds `_native.pyx` into bench/build/, or another source that is named;
+`load()` does so when it is needed, in a process of its own, and imports it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,32 @@ from bench.children import ROOT, environment
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "_native.pyx"
 FOLDER = HERE / "build"
-BUILT = FOLDER / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 class NotBuiltError(RuntimeError):
     """There is no compiler, no Cython, or the source does not compile."""
 
 
-def _is_fresh() -> bool:
-    if not BUILT.exists():
+def _built(source: Path) -> Path:
+    return FOLDER / f"{source.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _is_fresh(source: Path) -> bool:
+    built = _built(source)
+    if not built.exists():
         return False
     package = Path(shmcoord.__file__).parent
-    sources = [SOURCE, Path(__file__), *package.glob("*.h"), *package.glob("*.pxd")]
-    return all(path.stat().st_mtime < BUILT.stat().st_mtime for path in sources)
+    sources = [
+        source,
+        Path(__file__),
+        *source.parent.glob("*.pxd"),
+        *package.glob("*.h"),
+        *package.glob("*.pxd"),
+    ]
+    return all(path.stat().st_mtime < built.stat().st_mtime for path in sources)
 
 
-def build() -> None:
+def build(source: Path = SOURCE) -> None:
     """Translates, compiles and links."""
     from Cython.Build import cythonize
     from setuptools import Distribution, Extension
@@ -44,15 +54,15 @@ def build() -> None:
     # Without -falign-loops the same instructions take 3.3 or 5.2 ns a record, by where in a cache
     # line the linker happens to put the loop.
     extension = Extension(
-        "_native",
-        [str(SOURCE)],
+        source.stem,
+        [str(source)],
         include_dirs=[str(include)],
         extra_compile_args=["-O3", "-falign-loops=32"],
     )
     modules = cythonize(
         [extension],
         build_dir=str(FOLDER),
-        include_path=[str(Path(shmcoord.__file__).resolve().parent.parent)],
+        include_path=[str(Path(shmcoord.__file__).resolve().parent.parent), str(ROOT)],
         force=True,
         quiet=True,
     )
@@ -65,15 +75,15 @@ def build() -> None:
     command.run()
 
 
-def load() -> ModuleType:
+def load(source: Path = SOURCE) -> ModuleType:
     """Returns the compiled module, built first if it is missing or older than its sources.
 
     Raises:
         NotBuiltError: with the last line of what the build said.
     """
-    if not _is_fresh():
+    if not _is_fresh(source):
         done = subprocess.run(
-            [sys.executable, "-m", "bench.native"],
+            [sys.executable, "-m", "bench.native", str(source)],
             cwd=ROOT,
             env=environment(),
             capture_output=True,
@@ -82,8 +92,8 @@ def load() -> ModuleType:
         )
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            raise NotBuiltError(f"_native.pyx does not build: {''.join(last)}")
-    spec = importlib.util.spec_from_file_location("_native", BUILT)
+            raise NotBuiltError(f"{source.name} does not build: {''.join(last)}")
+    spec = importlib.util.spec_from_file_location(source.stem, _built(source))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -92,4 +102,4 @@ def load() -> ModuleType:
 
 
 if __name__ == "__main__":
-    build()
+    build(*map(Path, sys.argv[1:]))

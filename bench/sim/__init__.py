@@ -1,0 +1,1 @@
+"""Simulates policies over many nodes, with the scans that routers call."""
