@@ -68,8 +68,8 @@ POLICIES = MappingProxyType(
                 "hot-cold",
                 "nodes above a quantile of the group's load are hot; of the cold the lowest "
                 "latency times (queue + 1) wins, if none is cold the lowest load",
-                "where nodes differ in speed for reasons that their weights do not say; with live load "
-                "only: on an old copy of it everybody takes the same node",
+                "where nodes differ in speed for reasons that their weights do not say; with live "
+                "load only: on an old copy of it everybody takes the same node",
             ),
             Policy(
                 "affinity",
