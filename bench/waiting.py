@@ -150,8 +150,9 @@ def _router(way: str, name: str, arrivals: list[float], begin_at: float, answer:
 
     holder = Holder(release)
     holder.start()
+    began_cpu = time.process_time()
     waits = asyncio.run(_send(way, router, holder, [begin_at + at for at in arrivals]))
-    cpu = time.process_time()
+    cpu = time.process_time() - began_cpu
     time.sleep(2 * SERVICE_S)
     answer.put((waits, cpu))
     router.close()
