@@ -81,7 +81,7 @@ def test_what_a_decision_says(segment, node):
         )
         assert 0 <= one.age_s < 1
         assert (two.number, two.queue) == (2, 3), "before its own, and in costs"
-        assert str(two).startswith(f"{two.router} #2, ")
+        assert str(two).startswith(f"{two.router} #{two.number}, ")
         assert "GREEN -> B, queue 3, of 1" in str(two)
         for lease in held:
             lease.release()
