@@ -232,8 +232,9 @@ class WaitQueue(Generic[T]):
     Args:
         wake_ups: the router's `Turns`.
         undo: gives back a result that nobody takes any more.
-        pass_on: called with a group that has nobody waiting here any more after this router was
-            told of a free cell: tells the next router if one is left. None stands for all groups.
+        pass_on: called with a group that has nobody waiting here any more after this router was,
+            or may have been, told of a free cell: tells the next router if one is left. None
+            stands for all groups.
         most: callers that may wait at once.
     """
 
@@ -305,7 +306,8 @@ class WaitQueue(Generic[T]):
 
     def leave(self, waiter: _Waiter[T]) -> None:
         """Take a caller out who does not want to wait any longer."""
-        self._remove(waiter)
+        if self._remove(waiter):
+            self._has_left(waiter.group)
 
     def close(self) -> None:
         """Everybody's wait ends, as at the time-out."""
@@ -384,6 +386,19 @@ class WaitQueue(Generic[T]):
             self._drop(waiter)
             self._publish()
             return True
+
+    def _has_left(self, group: str) -> None:
+        """A caller has gone unserved. We may have been told of a free cell for his sake, and have
+        nobody else who would take it.
+
+        Our turn was taken back before: whoever frees a cell from here on does not tell us, and one
+        that was freed before is seen by `pass_on`.
+        """
+        if group not in self._queues and not self._closed:
+            try:
+                self._pass_on(group)
+            except ValueError:  # the router is just being closed
+                return
 
     def _drop(self, waiter: _Waiter[T]) -> None:
         """The caller has the lock."""
@@ -493,6 +508,7 @@ class WaitQueue(Generic[T]):
                     return
                 waiter = self._deadlines[0][2]
             if self._remove(waiter):
+                self._has_left(waiter.group)
                 waiter.settle(None, None)
 
     def _try(self, waiter: _Waiter[T]) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
 import os
 import pty
+import random
 import re
 import signal
 import struct
@@ -24,9 +26,11 @@ import pytest
 import shmcoord
 from shmcoord import Health, Segment, State
 from shmcoord.cli import as_json
+from shmcoord.cli.asking import _Ring
 from shmcoord.cli.reading import Observers, SegmentView
 from shmcoord.cli.tree import compact, tree
 from shmcoord.cli.words import age, clean, duration, size
+from shmcoord.decision import Candidate, PastDecision
 
 RUN = "from shmcoord.cli import main; main()"
 RUN_INSPECT = "from shmcoord.cli import inspect_main; inspect_main()"
@@ -186,7 +190,13 @@ def test_wrong_usage_is_code_2(args):
 
 
 def test_help_documents_the_exit_codes():
-    for args in (("--help",), ("inspect", "--help"), ("reap", "--help"), ("unlink", "--help")):
+    for args in (
+        ("--help",),
+        ("inspect", "--help"),
+        ("explain", "--help"),
+        ("reap", "--help"),
+        ("unlink", "--help"),
+    ):
         result = run(*args)
         assert result.returncode == 0
         assert re.search(r"Exit codes:\n\s+0 .*\n\s+1 .*\n\s+2 ", result.stdout)
@@ -411,9 +421,243 @@ def test_json_has_no_numbers_that_json_has_not():
 def test_the_document_names_every_field():
     document = Path(__file__).parent.parent / "docs" / "inspect-json.md"
     words = set(re.findall(r"`(\w+)`", document.read_text()))
-    definitions = schema()["$defs"]
-    for part in (schema(), *definitions.values()):
-        assert set(part["properties"]) <= words
+    for one in (schema(), explain_schema()):
+        for part in (one, *one["$defs"].values()):
+            assert set(part["properties"]) <= words
+
+
+# --- explain
+
+
+ROUTE = """
+import sys, time
+from shmcoord import Router, Saturated
+router = Router(sys.argv[1])
+for line in sys.stdin:
+    for _ in range(int(line)):
+        try:
+            with router.acquire("GREEN"):
+                pass
+        except Saturated:
+            pass
+    print("done", flush=True)
+"""
+
+
+class Routing:
+    """A process with a router that acquires as often as it is told."""
+
+    def __init__(self, name):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ROUTE, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def acquire(self, count):
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(20)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def routing(name, server):
+    routing = Routing(name)
+    yield routing
+    routing.close()
+
+
+def test_explain_shows_every_candidate_and_the_last_decisions(name, server, routing):
+    routing.acquire(7)
+    result = run("explain", "GREEN", name)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["Group: GREEN  (least-loaded)", "Selected: A  127.0.0.1:50050"]
+    # B has more cells than A has capacity, so load is not relative to it.
+    assert re.fullmatch(r"├─ A  IDLE  ALIVE  queue 0/4 +score 0 +\S+ .s  selected", lines[2])
+    assert re.fullmatch(r"└─ B  BUSY  ALIVE  queue 3/16 +score 3 +higher score", lines[3])
+    assert lines[4] == ""
+    assert re.fullmatch(
+        rf"Router: router-{routing.process.pid}-1  \(pid {routing.process.pid}\)", lines[5]
+    )
+    shown = [
+        re.fullmatch(r"(├|└)─ +(\d+) +\S+ ago  → A, queue 0, of 2", line) for line in lines[6:]
+    ]
+    assert [int(match[2]) for match in shown] == [3, 4, 5, 6, 7]
+    none = run("explain", "GREEN", name, "--last", "0").stdout
+    assert none.splitlines() == lines[:4]
+
+
+def test_explain_obeys_policy_and_key(name, server):
+    takes = {
+        key: run("explain", "GREEN", name, "--policy", "affinity", "--key", key).stdout
+        for key in ("one", "two", "three", "four", "five")
+    }
+    assert all("Group: GREEN  (affinity)" in text for text in takes.values())
+    with Segment.open(name) as segment, shmcoord.Router(segment, policy="affinity") as router:
+        for key, text in takes.items():
+            assert f"Selected: {router.pick('GREEN', key=key).node} " in text
+    assert run("explain", "GREEN", name, "--policy", "best").returncode == 2
+
+
+def test_explain_writes_nothing_that_others_see(name, server):
+    """It takes no slot, moves no load word, and wakes nobody."""
+    server.send_signal(signal.SIGSTOP)  # or its beat writes
+    path = Path("/dev/shm", name)
+    before = path.read_bytes()
+    try:
+        assert run("explain", "GREEN", name).returncode == 0
+        assert path.read_bytes() == before
+    finally:
+        server.send_signal(signal.SIGCONT)
+
+
+def test_explain_without_names_asks_all(name, server):
+    result = run("explain", "GREEN", "--json")
+    segments = {one["segment"] for one in json.loads(result.stdout)["decision"]["candidates"]}
+    assert name in segments
+
+
+def test_explain_makes_no_segment_and_says_who_is_missing(name, server):
+    missing = f"{name}_missing"
+    result = run("explain", "GREEN", missing)
+    assert result.returncode == 1
+    assert f"SegmentNotFound: no segment {missing}" in result.stderr
+    assert not Path("/dev/shm", missing).exists()
+    result = run("explain", "GREEN", missing, name)
+    assert result.returncode == 1
+    assert "Selected: A" in result.stdout
+    result = run("explain", "BLUE", name)
+    assert result.returncode == 1
+    assert result.stderr == f"NoBackend: no node of group BLUE is in {name}\n"
+    result = run("explain", "PINK", name)  # there is one: the answer is that it is draining
+    assert result.returncode == 0
+    assert "Selected: nobody" in result.stdout
+    assert result.stdout.endswith("draining\n")
+    assert run("explain", "GREEN", "bad/name").returncode == 2
+
+
+def test_explain_in_ascii(name, server, routing):
+    routing.acquire(1)
+    result = run("explain", "GREEN", name, env={"PYTHONIOENCODING": "ascii"})
+    assert result.stdout.isascii()
+    assert "|- A  IDLE" in result.stdout
+    assert "-> A, queue 0" in result.stdout
+
+
+def test_explain_follows_and_says_what_it_missed(name, server, routing):
+    args = [sys.executable, "-c", RUN, "explain", "--follow", "GREEN", name]
+    routing.acquire(1)
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as one:
+        while not one.stdout.readline().startswith("└─ 1 "):
+            pass
+        assert one.stdout.readline() == "\n"
+        routing.acquire(2)
+        router = f"router-{routing.process.pid}-1"
+        for number in (2, 3):
+            assert re.fullmatch(
+                rf"\d\d:\d\d:\d\d\.\d\d\d  {router} +{number}  → A, queue 0, of 2\n",
+                one.stdout.readline(),
+            )
+        routing.acquire(2000)
+        numbers, missed = [3], 0
+        while numbers[-1] < 2003:
+            line = one.stdout.readline()
+            if line.startswith(router):
+                missed += int(re.fullmatch(rf"{router}: (\d+) decisions? missed, .*\n", line)[1])
+            else:
+                numbers.append(int(re.search(r" (\d+)  →", line)[1]))
+        assert numbers == sorted(set(numbers))
+        assert len(numbers) > 16
+        line = one.stdout.readline()  # the one about those before, printed behind them
+        missed += int(re.search(r": (\d+) decisions? missed", line)[1])
+        assert len(numbers) - 1 + missed == 2000, "each is either shown or counted as missed"
+        assert interrupted(one) == 0
+        assert one.stderr.read() == ""
+
+
+def test_explain_follows_in_a_terminal(name, server, routing):
+    with Terminal("explain", "GREEN", name, "--follow") as terminal:
+        terminal.read("higher score")
+        routing.acquire(1)
+        terminal.read("1 .*→ .*A.*, queue 0")
+        terminal.process.send_signal(signal.SIGINT)
+        text = terminal.read()
+        assert terminal.process.wait() == 0
+    assert "\x1b[1;32mselected" in text
+    assert "Traceback" not in text
+    assert "Aborted" not in text
+
+
+def test_the_ring_accounts_for_every_decision():
+    """A model router, a reader that misses the entries that are just being written."""
+    chance = random.Random(3)
+    newest, read, missed = 5, [], 0
+    ring = _Ring(newest)
+    for _ in range(400):
+        newest += chance.choice([0, 1, 3, 20, 100])
+        whole = range(max(newest - 15, 1), newest + 1)
+        seen = [n for n in whole if chance.random() > 0.1 or n == newest]
+        new, gone = ring.note(seen)
+        read += sorted(new)
+        missed += gone
+    new, gone = ring.note(range(newest - 15, newest + 1))
+    read += sorted(new)
+    missed += gone
+    assert len(read) == len(set(read))
+    assert len(read) + missed == newest
+    assert missed > 100
+
+
+def explain_schema():
+    return json.loads((files("shmcoord.cli") / "explain.schema.json").read_text())
+
+
+def test_json_of_explain_follows_its_schema(name, server, routing):
+    routing.acquire(3)
+    result = run("explain", "--json", "GREEN", name, f"{name}_missing")
+    assert result.returncode == 1
+    assert result.stdout.isascii()
+    document = json.loads(result.stdout)
+    check(document, explain_schema(), explain_schema())
+    assert document["decision"]["node"] == "A"
+    assert [one["passed_over"] for one in document["decision"]["candidates"]] == [
+        None,
+        "higher score",
+    ]
+    assert [one["number"] for one in document["decisions"]] == [1, 2, 3]
+    assert {one["pid"] for one in document["decisions"]} == {routing.process.pid}
+    assert document["unreadable"][0]["error"]["kind"] == "SegmentNotFound"
+    nothing = json.loads(run("explain", "--json", "GREEN", f"{name}_missing").stdout)
+    check(nothing, explain_schema(), explain_schema())
+    assert nothing["decision"] is None
+
+
+def test_json_of_explain_follows_its_schema_for_a_validator(name, server, routing):
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(explain_schema())
+    validator = jsonschema.Draft202012Validator(explain_schema())
+    args = [sys.executable, "-c", RUN, "explain", "--follow", "--json", "GREEN", name]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as process:
+        validator.validate(json.loads(process.stdout.readline()))
+        routing.acquire(100)
+        document = json.loads(process.stdout.readline())
+        validator.validate(document)
+        assert document["decisions"]
+        assert interrupted(process) == 0
+
+
+def test_json_of_explain_has_every_field():
+    past = set(explain_schema()["$defs"]["past"]["properties"])
+    assert past == {field.name for field in dataclasses.fields(PastDecision)} - {"group"}
+    candidate = set(explain_schema()["$defs"]["candidate"]["properties"])
+    assert candidate == {field.name for field in dataclasses.fields(Candidate)} - {"group"}
 
 
 # --- reap and unlink

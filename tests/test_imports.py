@@ -100,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("segment", "status", "transport"),
     },
     # faces
-    "cli": {"", "errors", "segment", "status"},
+    "cli": {"", "decision", "errors", "policy", "segment", "status"},
     "__main__": {"cli"},
 }
 

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_helpers import chi_square, chi_square_limit, cluster, own_segment, specs_of
 
-from shmcoord import POLICIES, NoBackend, Router, Segment, State
+from shmcoord import POLICIES, NoBackend, Router, State
 
 MANY = settings(max_examples=60, deadline=None)
 
@@ -32,41 +33,8 @@ nodes_of = st.fixed_dictionaries(
 @pytest.fixture(scope="module")
 def segment():
     """One for the whole module: every example leaves with all its nodes."""
-    import os
-    import secrets
-
-    name = f"test_picker_{os.getpid()}_{secrets.token_hex(4)}"
-    with Segment.open(name, slots=64, leases=16) as segment:
+    with own_segment("picker") as segment:
         yield segment
-    Segment.unlink(name)
-
-
-@contextlib.contextmanager
-def cluster(segment, specs):
-    """Nodes as specified; joined in order, named n0, n1, ..."""
-    with contextlib.ExitStack() as stack:
-        handles, nodes = [], []
-        for index, spec in enumerate(specs):
-            node = stack.enter_context(
-                segment.join(
-                    f"n{index}",
-                    group=spec["group"],
-                    endpoint=f"e{index}",
-                    weight=spec["weight"],
-                    interval_s=600,
-                )
-            )
-            node.waiting = spec["waiting"]
-            node.busy = spec["busy"]
-            handles += [node.begin() for _ in range(spec["inflight"])]
-            if spec["stored"] == "draining":
-                node.drain()
-            elif spec["stored"] == "shutdown":
-                node.shutdown()
-            nodes.append(node)
-        yield nodes
-        for handle in handles:
-            handle.end()
 
 
 def model(specs, group):
@@ -132,18 +100,6 @@ def test_explain_says_all_there_is(segment, specs):
                 assert candidate.passed_over in ("tie", "busy with work of its own")
 
 
-def specs_of(count, **options):
-    base = {
-        "group": "GREEN",
-        "weight": 1.0,
-        "waiting": 0,
-        "inflight": 0,
-        "busy": False,
-        "stored": "open",
-    }
-    return [{**base, **options} for _ in range(count)]
-
-
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -180,19 +136,6 @@ def test_extreme_weights_are_refused_at_join_or_honoured(segment, weight):
 
 
 # --- ties
-
-
-def chi_square(counts, names):
-    total = sum(counts.values())
-    expected = total / len(names)
-    assert set(counts) <= set(names)
-    return sum((counts[name] - expected) ** 2 / expected for name in names)
-
-
-def chi_square_limit(freedom):
-    """Exceeded once in a million by chance (Wilson and Hilferty 1931)."""
-    part = 2 / (9 * freedom)
-    return freedom * (1 - part + 4.753 * math.sqrt(part)) ** 3
 
 
 @pytest.mark.parametrize("policy", ["least-loaded", "random"])

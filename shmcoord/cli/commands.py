@@ -13,11 +13,14 @@ from rich.text import Text
 
 import shmcoord
 from shmcoord.cli import as_json
+from shmcoord.cli.answer import flow, now, since
+from shmcoord.cli.asking import RING, Answer, Asker
 from shmcoord.cli.output import Output
 from shmcoord.cli.reading import Observers, SegmentError, SegmentView, alive
 from shmcoord.cli.tree import compact, tree
 from shmcoord.cli.words import clean
 from shmcoord.errors import ShmcoordError
+from shmcoord.policy import POLICIES
 
 __all__ = ["inspect_command", "shmcoord_command"]
 
@@ -117,6 +120,98 @@ def shmcoord_command() -> None:
 
 
 shmcoord_command.add_command(inspect_command)
+
+
+@shmcoord_command.command("explain", epilog=_EXIT_CODES)
+@click.argument("group")
+@click.argument("names", metavar="[SEGMENT]...", nargs=-1)
+@click.option(
+    "--policy",
+    type=click.Choice(list(POLICIES)),
+    default="least-loaded",
+    show_default=True,
+    help="By which the router decides.",
+)
+@click.option("--key", help="What the policy affinity goes by.")
+@click.option(
+    "--last",
+    "count",
+    type=click.IntRange(0, RING),
+    default=5,
+    show_default=True,
+    metavar="COUNT",
+    help=f"Decisions of each router to show, at most {RING}.",
+)
+@click.option("--follow", is_flag=True, help="Go on with each new decision, until Ctrl-C.")
+@click.option("--json", "wants_json", is_flag=True, help="Print JSON; with --follow one per line.")
+def explain_command(
+    group: str,
+    names: tuple[str, ...],
+    policy: str,
+    key: str | None,
+    count: int,
+    follow: bool,
+    wants_json: bool,
+) -> None:
+    """Show whom a router would send a request for GROUP to now, why, and what routers did last.
+
+    It looks into each SEGMENT (all if none is named) and reserves nothing. What a running router
+    alone knows (which nodes it could not reach, whom it has ejected for an error rate) is not in
+    the segment, and not in the answer.
+    """
+    output = Output()
+    with _checked(lambda: Asker(group, names, policy=policy, key=key)) as asker:
+        answer = asker.read()
+        failed = bool(answer.errors)
+        for unread in answer.errors:
+            click.echo(f"{type(unread.error).__name__}: {clean(str(unread.error))}", err=True)
+        if answer.decision is None or (not answer.decision.candidates and not follow):
+            failed = True
+            where = ", ".join(asker.names) or "any segment"
+            click.echo(f"NoBackend: no node of group {clean(group)} is in {where}", err=True)
+        if wants_json:
+            output.write(as_json.dump_answer(answer, one_line=follow))
+        elif answer.decision is not None:
+            output.lines(_explained(answer, count, output.ascii_only))
+        if follow and answer.decision is not None:
+            _follow(asker, output, wants_json)
+    if failed:
+        raise SystemExit(1)
+
+
+#: Between two looks for new decisions, seconds.
+_LOOK_EVERY_S = 0.2
+
+
+def _explained(answer: Answer, count: int, ascii_only: bool) -> list[Text]:
+    lines = now(answer.decision, ascii_only=ascii_only) if answer.decision is not None else []
+    kept: dict[tuple[str, int], int] = {}
+    past = []
+    for one in reversed(answer.past):
+        kept[one.router, one.pid] = kept.get((one.router, one.pid), 0) + 1
+        if kept[one.router, one.pid] <= count:
+            past.append(one)
+    if past:
+        lines += [Text(), *since(past[::-1], ascii_only=ascii_only)]
+    return lines
+
+
+def _follow(asker: Asker, output: Output, wants_json: bool) -> None:
+    """Show what is new, until interrupted."""
+    if not wants_json:
+        output.write("")
+    try:
+        while True:
+            time.sleep(_LOOK_EVERY_S)
+            answer = asker.read()
+            if not answer.past and not answer.missed:
+                continue
+            if wants_json:
+                output.write(as_json.dump_answer(answer, one_line=True))
+            else:
+                output.lines(list(flow(answer, ascii_only=output.ascii_only)))
+    except KeyboardInterrupt:
+        pass
 
 
 @shmcoord_command.command("list")
