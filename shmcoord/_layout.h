@@ -44,7 +44,8 @@
  *   counts them) and the hash of the group's name. Whoever frees a cell looks for the oldest ticket
  *   of the node's group, makes hot.wake of that router odd and wakes it; a router that was told (its
  *   wake is odd) and has not run yet is passed over. The router makes it even before it looks at the
- *   cells. Group hash 0 stands for every group.
+ *   cells. Where hot.bell is 1 it is woken by a datagram to its socket instead of the futex, so that
+ *   an event loop wakes without a thread in between; if the datagram cannot be sent, by the futex. Group hash 0 stands for every group.
  *
  * Death word (hot.death), one u32, a robust futex (see set_robust_list(2)):
  *
@@ -154,7 +155,7 @@ typedef struct {
     uint32_t latency_us;  /* node's owner only: smoothed latency, for policies; 0: unknown */
     uint32_t failures;    /* node's owner only: requests that failed since the last that did not */
     uint32_t wake;        /* futex; a router's, see the turns above */
-    uint32_t reserved0;
+    uint32_t bell;        /* a router's: 1 if a datagram to its socket wakes it, 0 if the futex */
     uint64_t group;       /* claimer: shmc_hash of the node's group */
     shmc_turn turn[SHMC_TURNS]; /* a router's */
     uint64_t reserved1;
@@ -295,6 +296,7 @@ _Static_assert(offsetof(shmc_hot, refused) == 56, "refused");
 _Static_assert(offsetof(shmc_hot, latency_us) == 64, "latency_us");
 _Static_assert(offsetof(shmc_hot, failures) == 68, "failures");
 _Static_assert(offsetof(shmc_hot, wake) == 72, "wake");
+_Static_assert(offsetof(shmc_hot, bell) == 76, "bell");
 _Static_assert(offsetof(shmc_hot, group) == 80, "group");
 _Static_assert(offsetof(shmc_hot, turn) == 88, "turn");
 

@@ -69,6 +69,7 @@ cdef extern from "_layout.h" nogil:
         uint32_t latency_us
         uint32_t failures
         uint32_t wake
+        uint32_t bell
         uint64_t group
         shmc_turn turn[2]
 

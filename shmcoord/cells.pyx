@@ -12,6 +12,7 @@ cdef extern from *:
 
 from shmcoord._atomics cimport *
 from shmcoord._layout cimport *
+from shmcoord._bell cimport bell_ring
 from shmcoord._posix cimport futex_wake_all
 from shmcoord._steps cimport step
 from shmcoord.status cimport word_add_inflight
@@ -41,16 +42,20 @@ cdef uint64_t oldest_ticket(mapping_t* m, uint32_t slot, uint64_t group) noexcep
     return oldest
 
 
-cdef bint tell(shmc_hot* hot) noexcept nogil:
+cdef bint tell(mapping_t* m, uint32_t slot) noexcept nogil:
     """Tell a router that a cell may be free for it; False if it was told already.
 
-    An odd `wake` is a telling that it has not taken note of; the router makes it even.
+    An odd `wake` is a telling that it has not taken note of; the router makes it even. Its event
+    loop is woken by a datagram; a thread, or a loop that a datagram does not reach (another network
+    namespace), by the futex.
     """
+    cdef shmc_hot* hot = &m.hot[slot]
     cdef uint32_t wake = load_relaxed_u32(&hot.wake)
     if wake & 1 or not cas_seqcst_u32(&hot.wake, wake, wake + 1):
         return False
     step(b"wake.told")
-    futex_wake_all(&hot.wake)
+    if load_relaxed_u32(&hot.bell) == 0 or not bell_ring(m.incarnation, slot):
+        futex_wake_all(&hot.wake)
     return True
 
 
@@ -80,7 +85,7 @@ cdef void wake_longest(mapping_t* m, uint64_t group) noexcept nogil:
                     chosen = slot
         if oldest == 0:
             return
-        if tell(&m.hot[chosen]):
+        if tell(m, chosen):
             return
 
 
@@ -98,7 +103,7 @@ cdef void notify_all(mapping_t* m) noexcept nogil:
             if slot >= m.slots:
                 break
             if oldest_ticket(m, slot, 0) != 0:
-                tell(&m.hot[slot])
+                tell(m, slot)
 
 
 # --- freeing

@@ -1,15 +1,18 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""A doorbell for event loops: a native thread that turns a futex into a readable descriptor.
+"""A doorbell for event loops: descriptors that become readable when a router is told of a cell.
 
-An event loop waits for descriptors, and whoever frees a cell wakes a futex. Between the two stands
-one native thread per router and loop, which never takes the GIL: a Python thread in its place would
-wait for the loop's thread to let go of it, and the loop then for the other.
+An event loop waits for descriptors, so whoever frees a cell sends a datagram of one byte to a socket
+of the loop (`_bell.pxd`). Where it cannot (another network namespace, a sandbox), it wakes a futex;
+then a native thread, one per router and loop, makes an eventfd readable. It never takes the GIL: a
+Python thread in its place would wait for the loop's thread to let go of it, and the loop then for
+the other. While datagrams arrive it sleeps.
 """
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from shmcoord._atomics cimport load_acquire_u32, load_seqcst_u32, store_release_u32
+from shmcoord._bell cimport bell_open
 from shmcoord._posix cimport *
 from shmcoord.liveness cimport Participant
 from shmcoord.segment cimport MAPPING_FORKED
@@ -70,20 +73,21 @@ cdef void* _main(void* argument) noexcept nogil:
 
 @cython.no_gc_clear  # __dealloc__ needs the participants: their memory is what the thread looks at
 cdef class Doorbell:
-    """Makes `fd` readable whenever the router behind some participants is told of a free cell.
+    """Makes a descriptor readable whenever the router behind some participants is told of a cell.
 
     Args:
         participants: of one router, not left; at most 127.
 
     Attributes:
-        fd: an eventfd; reading it makes it unreadable.
+        fds: an eventfd and sockets; reading 8 bytes makes one unreadable, perhaps after some turns.
     """
 
     cdef list participants
     cdef bell_t* bell
     cdef pthread_t thread
     cdef bint running
-    cdef readonly int fd
+    cdef int fd
+    cdef readonly list fds
 
     def __cinit__(self, list participants):
         cdef sigset_t every, before
@@ -91,6 +95,7 @@ cdef class Doorbell:
         cdef uint32_t i = 0
         cdef int err
         self.fd = -1
+        self.fds = []
         if len(participants) > 127:
             raise ValueError(f"at most 127 participants, not {len(participants)}")
         self.participants = list(participants)
@@ -114,15 +119,28 @@ cdef class Doorbell:
         if err:
             raise OSError(err, os.strerror(err), "a thread that waits for capacity")
         self.running = True
+        self.fds.append(self.fd)
+        for participant in self.participants:
+            owner = <Participant>participant
+            # Another loop of the same router may have it already: it serves the callers of all.
+            err = bell_open(owner.entry.m.incarnation, owner.slot)
+            if err >= 0:
+                self.fds.append(err)
+                owner.has_bell = True
 
     def close(self):
-        """End the thread and close `fd`, which no loop may watch any more. Idempotent."""
+        """End the thread and close `fds`, which no loop may watch any more. Idempotent."""
         self._close()
 
     cdef void _close(self) noexcept:
         cdef bint is_forked = False
+        cdef Participant owner
         for participant in self.participants:
-            is_forked = (<Participant>participant).entry.m.state == MAPPING_FORKED
+            owner = <Participant>participant
+            is_forked = owner.entry.m.state == MAPPING_FORKED
+            if len(self.fds) > 1 and not is_forked and not owner.left:
+                owner.has_bell = False
+                store_release_u32(&owner.entry.m.hot[owner.slot].bell, 0)
         if self.running:
             self.running = False
             if not is_forked:  # in a forked child there is no such thread
@@ -130,9 +148,12 @@ cdef class Doorbell:
                 futex_wake_all(&self.bell.stop)
                 with nogil:
                     pthread_join(self.thread, NULL)
-        if self.fd >= 0:
+        for fd in self.fds:
+            c_close(fd)
+        if self.fd >= 0 and not self.fds:
             c_close(self.fd)
-            self.fd = -1
+        self.fd = -1
+        self.fds = []
 
     def __dealloc__(self):
         if self.participants is not None:

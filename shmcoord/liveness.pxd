@@ -12,6 +12,7 @@ cdef class Participant:
     cdef readonly uint32_t slot, generation
     cdef readonly bint left
     cdef uint32_t op
+    cdef bint has_bell       # of a router: a loop listens for datagrams
     cdef uint64_t decisions  # of a router: how many it has written
     cdef object __weakref__
     cdef int leave(self) except -1

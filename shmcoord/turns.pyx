@@ -75,13 +75,14 @@ cdef class Turns:
             add_seqcst_u64(&(<Mapping>segment).m.sync.tickets, 1) + 1 for segment in self.segments
         ]
 
-    def publish(self, heads, waiting):
+    def publish(self, heads, waiting, by_loop=False):
         """Show for whom this router waits.
 
         Args:
             heads: the oldest waiting caller of each group, oldest first: the group's hash, and the
                 caller's tickets.
             waiting: callers that wait, of all groups.
+            by_loop: no thread is among them: the event loop's bell is to be rung.
         """
         cdef Participant owner
         if self.participants != self.counted and self._has_moved():
@@ -91,6 +92,7 @@ cdef class Turns:
             if participant in self.counted:
                 owner = <Participant>participant
                 if not owner.left:
+                    store_relaxed_u32(&self._hot(owner).bell, by_loop and owner.has_bell)
                     self._publish(owner, [(group, at[i]) for group, at in heads], waiting)
 
     def _has_moved(self):
@@ -153,7 +155,7 @@ cdef class Turns:
     def wake(self):
         """End a `sleep` of this router, begun or about to begin."""
         for participant in self.counted:
-            tell(self._hot(participant))
+            tell((<Participant>participant).entry.m, (<Participant>participant).slot)
             return
 
     def sleep(self, timeout_s):

@@ -50,8 +50,10 @@ class WakeUps(Protocol):
     def tickets(self) -> Sequence[int]:
         """A place in the order of all callers of all processes."""
 
-    def publish(self, heads: Sequence[tuple[int, Sequence[int]]], waiting: int) -> object:
-        """Show the oldest caller of each group (oldest first), and how many wait in all."""
+    def publish(
+        self, heads: Sequence[tuple[int, Sequence[int]]], waiting: int, by_loop: bool = False
+    ) -> object:
+        """Show the oldest caller of each group (oldest first), how many wait, and where."""
 
     def consume(self) -> bool:
         """Whether we were told of a free cell; called before looking for it."""
@@ -165,6 +167,7 @@ class _LoopSide(Generic[T]):
         self.waiting = 0  # callers of this loop; changed under the queue's lock
         self._queue = queue
         self._bell: Doorbell | None = None
+        self._fds: list[int] = []
         self._version = -1
         self._timer: asyncio.TimerHandle | None = None
         self._due = float("inf")
@@ -175,7 +178,10 @@ class _LoopSide(Generic[T]):
             self._unhook()
             self._version = self._queue.wake_ups.version
             self._bell = self._queue.wake_ups.doorbell()
-            self.loop.add_reader(self._bell.fd, self._rung, self._bell.fd)
+            self._fds = list(self._bell.fds)
+            for fd in self._fds:
+                self.loop.add_reader(fd, self._rung, fd)
+            self._queue.republish()
         now = time.monotonic()
         due = min(deadline, now + LOST_WAKEUP_S)
         if due < self._due:
@@ -217,7 +223,8 @@ class _LoopSide(Generic[T]):
     def _unhook(self) -> None:
         if self._bell is not None:
             if not self.loop.is_closed():
-                self.loop.remove_reader(self._bell.fd)
+                for fd in self._fds:
+                    self.loop.remove_reader(fd)
             self._bell.close()
             self._bell = None
 
@@ -255,6 +262,7 @@ class WaitQueue(Generic[T]):
         self._deadlines: list[tuple[float, int, _Waiter[T]]] = []
         self._order = itertools.count()
         self._count = 0
+        self._on_threads = 0
         self._begun = False
         self._asleep_until = float("-inf")
         self._thread: threading.Thread | None = None
@@ -340,6 +348,11 @@ class WaitQueue(Generic[T]):
         if told and not self._count:
             self._pass_on(None)
 
+    def republish(self) -> None:
+        """A doorbell has come: show it."""
+        with self._lock:
+            self._publish()
+
     def next_deadline(self) -> float:
         """When the next caller's time is over (monotonic seconds); inf if nobody waits."""
         with self._lock:
@@ -363,6 +376,8 @@ class WaitQueue(Generic[T]):
             self._count += 1
             if isinstance(waiter, LoopWaiter):
                 waiter.side.waiting += 1
+            else:
+                self._on_threads += 1
             heapq.heappush(self._deadlines, (waiter.deadline, next(self._order), waiter))
             try:
                 self._begin()
@@ -414,11 +429,12 @@ class WaitQueue(Generic[T]):
         if not self._count:
             self._deadlines.clear()
 
-    @staticmethod
-    def _unqueue(waiter: _Waiter[T]) -> None:
+    def _unqueue(self, waiter: _Waiter[T]) -> None:
         waiter.queued = False
         if isinstance(waiter, LoopWaiter):
             waiter.side.waiting -= 1
+        else:
+            self._on_threads -= 1
 
     def _forget_all(self) -> None:
         for queue in self._queues.values():
@@ -445,7 +461,7 @@ class WaitQueue(Generic[T]):
         heads = [(queue[0].group_hash, queue[0].tickets) for queue in self._queues.values()]
         if len(heads) > 1:
             heads.sort(key=lambda head: head[1][0])
-        self.wake_ups.publish(heads, self._count)
+        self.wake_ups.publish(heads, self._count, not self._on_threads)
 
     # --- the thread
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, set[str]] = {
     # the bytes and the system
     "_atomics": set(),
+    "_bell": set(),
     "_layout": set(),
     "_posix": set(),
     "_steps": set(),
@@ -34,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # native: the only code that touches shared memory
     "segment": {"_atomics", "_layout", "_posix", "_steps", "errors"},
     "status": {"_atomics", "_layout", "_posix", "_steps", "segment"},
-    "cells": {"_atomics", "_layout", "_posix", "_steps", "segment", "status"},
+    "cells": {"_atomics", "_bell", "_layout", "_posix", "_steps", "segment", "status"},
     "beat": {"_atomics", "_layout", "_posix", "_steps", "cells", "segment", "status"},
     "liveness": {
         *("_atomics", "_layout", "_posix", "_steps", "beat", "cells", "errors", "segment"),
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("_atomics", "_layout", "_posix", "_steps", "cells", "doorbell", "liveness"),
         *("segment", "status"),
     },
-    "doorbell": {"_atomics", "_posix", "liveness", "segment"},
+    "doorbell": {"_atomics", "_bell", "_posix", "liveness", "segment"},
     "budget": {"_atomics", "errors", "segment"},
     "backend": {"_atomics", "_layout", "cells", "segment", "status"},
     "lease": {

@@ -271,3 +271,108 @@ def test_threads_and_loops_mixed(segment, node):
         wait_until(lambda: waiting(segment.name) == 0)
         assert Raw(segment.name).taken() == 0
         assert turns(segment.name) == []
+
+
+# --- bells
+
+
+def bells(name):
+    raw = Raw(name)
+    return [raw.number("hot", "bell", 4, slot) for slot in range(raw.slots)]
+
+
+def listening(incarnation):
+    """Slots whose bell somebody listens to, by what the kernel says of abstract sockets."""
+    wanted = f"@shmcoord-{incarnation:016x}-"
+    with open("/proc/net/unix") as file:
+        return [line.split()[-1] for line in file if wanted in line]
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Whoever is not woken waits for long."""
+    monkeypatch.setattr("shmcoord.waiting.LOST_WAKEUP_S", 5.0)
+
+
+async def served_soon(router, lease, other=None):
+    waiting = asyncio.create_task(router.acquire_async("GREEN", timeout_s=10))
+    await asyncio.sleep(0.05)
+    if other is not None:
+        other()
+    lease.release()
+    (await asyncio.wait_for(waiting, 1)).release()
+
+
+async def test_a_loop_is_woken_by_its_bell(name, segment, node, patient):
+    incarnation = Raw(name).number("header", "incarnation", 8)
+    with Router(segment) as router:
+        lease = router.acquire("GREEN")
+        shown = []
+        await served_soon(
+            router, lease, lambda: shown.append((bells(name), listening(incarnation)))
+        )
+        [(words, sockets)] = shown
+        assert sorted(words)[-2:] == [0, 1]
+        assert len(sockets) == 1
+    await asyncio.sleep(0.01)
+    assert listening(incarnation) == []
+
+
+async def test_a_loop_that_no_datagram_reaches_is_woken_by_the_futex(
+    name, segment, node, patient, spawn
+):
+    """Who frees is in another network namespace, where nobody listens."""
+    child = spawn(
+        """
+import ctypes
+if ctypes.CDLL(None, use_errno=True).unshare(0x40000000) != 0:  # CLONE_NEWNET
+    say("refused")
+    sys.exit()
+router = Router(name)
+lease = router.acquire("GREEN")
+say("held")
+hear()
+lease.release()
+hear()
+""",
+        name,
+    )
+    if child.hear() == "refused":
+        pytest.skip("this machine refuses a network namespace")
+    with Router(segment) as router:
+        waiting = asyncio.create_task(router.acquire_async("GREEN", timeout_s=10))
+        await asyncio.sleep(0.1)
+        assert 1 in bells(name)
+        child.say("go")
+        (await asyncio.wait_for(waiting, 1)).release()
+    child.say("end")
+
+
+@pytest.mark.parametrize("value", [1, 2, 0xFFFFFFFF])
+def test_a_thread_is_woken_whatever_stands_in_its_bell(name, segment, node, patient, value):
+    with Router(segment) as router:
+        lease = router.acquire("GREEN")
+        waiter = Waiter(router)
+        wait_until(lambda: turns(name))
+        time.sleep(0.02)
+        raw = Raw(name)
+        for slot in range(raw.slots):
+            raw.set("hot", "bell", 4, value, slot)
+        lease.release()
+        waiter.join(1)
+        assert waiter.served_at is not None
+
+
+async def test_where_a_thread_waits_too_the_futex_is_used(name, segment, node, patient):
+    with Router(segment) as router:
+        lease = router.acquire("GREEN")
+        task = asyncio.create_task(router.acquire_async("GREEN", timeout_s=10))
+        await asyncio.sleep(0.03)
+        assert 1 in bells(name)
+        waiter = Waiter(router)
+        await asyncio.sleep(0.03)
+        assert 1 not in bells(name)
+        lease.release()
+        (await asyncio.wait_for(task, 1)).release()
+        await asyncio.to_thread(waiter.join, 1)
+        assert waiter.served_at is not None

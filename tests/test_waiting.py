@@ -560,7 +560,7 @@ class Units:
         self.ticket += 1
         return [self.ticket]
 
-    def publish(self, heads, waiting):
+    def publish(self, heads, waiting, by_loop=False):
         assert heads == sorted(heads, key=lambda head: head[1][0])
         self.shown = waiting
 
