@@ -75,7 +75,8 @@ cdef inline void count_waiter_out(mapping_t* m) noexcept nogil:
 cdef void wake_longest(mapping_t* m, uint64_t group) noexcept nogil
 cdef bint tell(mapping_t* m, uint32_t slot) noexcept nogil
 cdef void notify_all(mapping_t* m) noexcept nogil
-cdef uint64_t oldest_ticket(mapping_t* m, uint32_t slot, uint64_t group) noexcept nogil
+cdef uint64_t oldest_ticket(mapping_t* m, uint32_t slot, uint64_t group,
+                            bint with_told) noexcept nogil
 cdef uint32_t sweep_row(mapping_t* m, uint32_t slot) noexcept nogil
 cdef uint32_t free_row(mapping_t* m, uint32_t slot) noexcept nogil
 cdef uint32_t free_owned(mapping_t* m, uint32_t owner, uint32_t generation) noexcept nogil

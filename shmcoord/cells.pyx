@@ -20,10 +20,11 @@ from shmcoord.status cimport word_add_inflight
 
 # --- telling who waits
 
-cdef uint64_t oldest_ticket(mapping_t* m, uint32_t slot, uint64_t group) noexcept nogil:
+cdef uint64_t oldest_ticket(mapping_t* m, uint32_t slot, uint64_t group,
+                            bint with_told) noexcept nogil:
     """The oldest ticket with which the router in `slot` waits for `group`; 0: it does not wait.
 
-    Only of a living router that was not told of a free cell already.
+    Only of a living router, and, but `with_told`, of one that was not told of a free cell already.
     """
     cdef const shmc_hot* hot = &m.hot[slot]
     cdef uint64_t ticket, wanted, oldest = 0
@@ -37,7 +38,9 @@ cdef uint64_t oldest_ticket(mapping_t* m, uint32_t slot, uint64_t group) noexcep
         wanted = load_relaxed_u64(&hot.turn[i].group)
         if wanted == group or wanted == 0 or group == 0:
             oldest = ticket
-    if oldest != 0 and (load_relaxed_u32(&hot.wake) & 1 or not slot_is_alive(m, slot)):
+    if oldest == 0 or not slot_is_alive(m, slot):
+        return 0
+    if not with_told and load_relaxed_u32(&hot.wake) & 1:
         return 0
     return oldest
 
@@ -79,7 +82,7 @@ cdef void wake_longest(mapping_t* m, uint64_t group) noexcept nogil:
                 bits &= bits - 1
                 if slot >= m.slots:
                     break
-                ticket = oldest_ticket(m, slot, group)
+                ticket = oldest_ticket(m, slot, group, False)
                 if ticket != 0 and (oldest == 0 or ticket < oldest):
                     oldest = ticket
                     chosen = slot
@@ -102,7 +105,7 @@ cdef void notify_all(mapping_t* m) noexcept nogil:
             bits &= bits - 1
             if slot >= m.slots:
                 break
-            if oldest_ticket(m, slot, 0) != 0:
+            if oldest_ticket(m, slot, 0, False) != 0:
                 tell(m, slot)
 
 

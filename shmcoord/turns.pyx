@@ -187,7 +187,7 @@ cdef class Turns:
             if load_seqcst_u32(&m.sync.waiters) == 0:
                 continue
             for slot in range(m.slots):
-                if oldest_ticket(m, slot, group) != 0:
+                if oldest_ticket(m, slot, group, False) != 0:
                     return True
         return False
 
@@ -202,6 +202,6 @@ cdef class Turns:
             for slot in range(m.slots):
                 if own is not None and (<Participant>own).slot == slot:
                     continue
-                if oldest_ticket(m, slot, group) != 0:
+                if oldest_ticket(m, slot, group, True) != 0:
                     total += word_waiting(load_relaxed_u64(&m.hot[slot].load))
         return total

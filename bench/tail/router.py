@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 
 import grpc
 import numpy as np
+import uvloop
 from numpy.typing import NDArray
 
 import shmcoord
@@ -204,4 +205,4 @@ def run_router(control: Connection, settings: RouterSettings) -> None:
     """
     exact_timers()
     with contextlib.suppress(EOFError, BrokenPipeError):
-        asyncio.run(_run(control, settings))
+        uvloop.run(_run(control, settings))
