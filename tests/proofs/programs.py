@@ -47,7 +47,8 @@ ORDERS = {
         "cells.pyx",
         ["load_relaxed", "load_relaxed", "load_seqcst", "load_relaxed", "load_relaxed"],
     ),
-    "wake_longest": ("cells.pyx", ["load_acquire", "cas_seqcst"]),
+    "wake_longest": ("cells.pyx", ["load_acquire"]),
+    "tell": ("cells.pyx", ["load_relaxed", "cas_seqcst", "load_relaxed"]),
     "note_decision": (
         "trace.pyx",
         ["store_relaxed", "fence_release", *["store_relaxed"] * 3, "store_release"],
