@@ -6,9 +6,11 @@ its service config does not retry that. So a server ends in this order:
 
 1. it refuses new requests with UNAVAILABLE, while the old ones finish (draining);
 2. what still runs when the grace period is over is ended with UNAVAILABLE by its own handler;
-3. when every status is on its way, the connections are closed: gRPC tells a client whose
-   connection ends that the server is UNAVAILABLE;
-4. `stop` then finds nobody to cancel.
+3. when every status is on its way, the socket that listens is closed: a client whose connection
+   has just ended connects again at once, and would be there when gRPC cancels;
+4. the connections are closed: gRPC tells a client whose connection ends that the server is
+   UNAVAILABLE;
+5. `stop` then finds nobody to cancel.
 """
 
 import asyncio
@@ -16,6 +18,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import grpc.aio
@@ -24,6 +27,10 @@ from servers.links import UNIX
 
 # How often it is looked whether all have their status; in seconds.
 _LOOK_S = 0.005
+# So often in a row no connection is found before it is believed that there is none.
+_QUIET_LOOKS = 3
+# gRPC closes a connection that was ended as soon as it sees that; in seconds.
+_LONGEST_SEVER_S = 1.0
 
 
 class Calls:
@@ -58,8 +65,29 @@ async def close(server: grpc.aio.Server, endpoint: str) -> None:
         server: listens on `endpoint` alone.
         endpoint: `host:port` or `unix:path`.
     """
-    sever(endpoint)
+    deafen(endpoint)
+    # A thread of gRPC may be just taking a connection, whose descriptor our first look misses.
+    quiet, ends = 0, time.monotonic() + _LONGEST_SEVER_S
+    while quiet < _QUIET_LOOKS and time.monotonic() < ends:
+        quiet = 0 if sever(endpoint) else quiet + 1
+        await asyncio.sleep(_LOOK_S)
     await server.stop(None)
+
+
+def deafen(endpoint: str) -> int:
+    """Closes the sockets of this process that listen on an endpoint; how many they were.
+
+    Whoever connects from now on is refused. gRPC keeps the number of the descriptor, behind which
+    there is a socket that nobody can reach, and closes that in its time: a socket that is shut down
+    it would report as an error.
+    """
+    closed = 0
+    for number, found in _sockets_of(endpoint):
+        if _listens(found):
+            with socket.socket(found.family, found.type) as nobody:
+                os.dup2(nobody.fileno(), number, inheritable=False)
+            closed += 1
+    return closed
 
 
 def sever(endpoint: str) -> int:
@@ -67,14 +95,26 @@ def sever(endpoint: str) -> int:
 
     What was written to them before is still delivered.
     """
-    severed = 0
+    ended = 0
+    for _, found in _sockets_of(endpoint):
+        with contextlib.suppress(OSError):
+            if not _listens(found):
+                found.getpeername()  # raises for one that was ended before
+                found.shutdown(socket.SHUT_RDWR)
+                ended += 1
+    return ended
+
+
+def _sockets_of(endpoint: str) -> Iterator[tuple[int, socket.socket]]:
+    """Sockets of this process that are bound to an endpoint: number, and a duplicate."""
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError), _duplicate(int(name)) as connection:
-            if _is_of(connection, endpoint):
-                connection.getpeername()  # raises for the one that listens
-                connection.shutdown(socket.SHUT_RDWR)
-                severed += 1
-    return severed
+        with contextlib.suppress(OSError), _duplicate(int(name)) as found:
+            if _is_of(found, endpoint):
+                yield int(name), found
+
+
+def _listens(found: socket.socket) -> bool:
+    return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _duplicate(descriptor: int) -> socket.socket:

@@ -111,7 +111,7 @@ async def run(cluster: Cluster, name: str) -> None:
     async with contextlib.AsyncExitStack() as stack:
         # The port comes first: whoever has it already is then not disturbed by anything else.
         server = _bound_server(cluster, name)
-        stack.push_async_callback(server.stop, None)
+        stack.push_async_callback(close, server, cluster.endpoint(name))
         dataset = await asyncio.to_thread(_load, cluster, name)
         stack.callback(dataset.close)
         pool = ThreadPoolExecutor(cluster.capacity(name), thread_name_prefix="search")

@@ -206,8 +206,11 @@ async def test_all_at_capacity_is_resource_exhausted(nodes: Running):
         assert [nodes.queues()[name] for name in "DEF"] == [4, 4, 4]
         async with grpc.aio.insecure_channel(nodes.gateway) as channel:
             request = pb.QueryRequest(words=["code00012"], teams=["PINK"])
-            with pytest.raises(client.QueryError) as caught:
-                await client.ask(pb_grpc.GatewayStub(channel), request, 1.0)
+            for _ in range(5):  # on a busy machine its own deadline may come before the status
+                with pytest.raises(client.QueryError) as caught:
+                    await client.ask(pb_grpc.GatewayStub(channel), request, 1.0)
+                if caught.value.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    break
         assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "team PINK" in str(caught.value)
         # The other team is free.

@@ -22,7 +22,7 @@ from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
 CANCELLED = grpc.StatusCode.CANCELLED
 ALONE = [("grpc.use_local_subchannel_pool", 1)]
-WATCHERS, ASKING = 4, 8
+WATCHERS, ASKING, CONNECTING = 4, 8, 8
 
 
 class NoParts:
@@ -36,9 +36,15 @@ class NoParts:
 
 
 async def codes_of_one_end(
-    endpoint: str, end: Callable[[grpc.aio.Server, str], object]
+    endpoint: str, end: Callable[[grpc.aio.Server, str], object], *, connecting: int = 0
 ) -> Counter[grpc.StatusCode]:
-    """A gateway that ends under watchers of its health and clients that ask and ask."""
+    """A gateway that ends under watchers of its health and clients that ask and ask.
+
+    Args:
+        endpoint: of the gateway.
+        end: ends its server.
+        connecting: so many further clients have a new connection for each request.
+    """
     gateway = GatewayService(config.load(), NoParts())
     server = grpc.aio.server()
     pb_grpc.add_GatewayServicer_to_server(gateway, server)
@@ -61,6 +67,11 @@ async def codes_of_one_end(
         while not ended.is_set():
             await code_of(stub.Query(pb.QueryRequest(), timeout=10))
 
+    async def connect_and_ask() -> None:
+        while not ended.is_set():
+            async with grpc.aio.insecure_channel(endpoint, ALONE) as channel:
+                await code_of(pb_grpc.GatewayStub(channel).Query(pb.QueryRequest(), timeout=10))
+
     async with contextlib.AsyncExitStack() as stack:
         channels = [
             await stack.enter_async_context(grpc.aio.insecure_channel(endpoint, ALONE))
@@ -80,6 +91,7 @@ async def codes_of_one_end(
             asyncio.create_task(ask(pb_grpc.GatewayStub(channels[number % 4])))
             for number in range(ASKING)
         ]
+        asking += [asyncio.create_task(connect_and_ask()) for _ in range(connecting)]
         await until(lambda: codes[OK] > 4 * ASKING, lambda: str(codes))
         gateway.draining = True
         gateway.stop()
@@ -114,7 +126,52 @@ async def test_stopping_alone_cancels(report: Callable[..., None]):
     """The control: what `grpc.aio.Server.stop` does to the same clients."""
     codes = await codes_of_one_end("127.0.0.1:0", lambda server, _: server.stop(0.1))
     report("a server that ends, control by stop(grace) alone", CANCELLED=codes[CANCELLED])
-    assert codes[CANCELLED] >= WATCHERS
+    assert codes[CANCELLED]  # a watcher whose connection ended first hears UNAVAILABLE
+
+
+@pytest.mark.parametrize("kind", ["port", "socket"])
+async def test_who_connects_while_it_ends_hears_unavailable(
+    tmp_path: Path, kind: str, count: Callable[[int, int], int], report: Callable[..., None]
+):
+    """A connection that comes between the end of the others and `stop` is not taken."""
+    ends = count(10, 200)
+    codes: Counter[grpc.StatusCode] = Counter()
+    for number in range(ends):
+        endpoint = "127.0.0.1:0" if kind == "port" else f"unix:{tmp_path}/{number}"
+        codes += await codes_of_one_end(endpoint, closing.close, connecting=CONNECTING)
+    report(
+        f"a server that ends under clients that connect, on a {kind}",
+        ends=ends,
+        OK=codes[OK],
+        UNAVAILABLE=codes[UNAVAILABLE],
+        CANCELLED=codes[CANCELLED],
+    )
+    assert set(codes) == {OK, UNAVAILABLE}, codes
+
+
+@pytest.mark.parametrize("kind", ["port", "socket"])
+async def test_a_port_that_stays_open_cancels(
+    tmp_path: Path, kind: str, report: Callable[..., None]
+):
+    """The control: all connections are closed, but the server still listens until it stops."""
+
+    async def end(server: grpc.aio.Server, endpoint: str) -> None:
+        closing.sever(endpoint)
+        await asyncio.sleep(0.005)
+        await server.stop(None)
+
+    codes: Counter[grpc.StatusCode] = Counter()
+    ends = 0
+    while not codes[CANCELLED] and ends < 200:
+        endpoint = "127.0.0.1:0" if kind == "port" else f"unix:{tmp_path}/{ends}"
+        codes += await codes_of_one_end(endpoint, end, connecting=CONNECTING)
+        ends += 1
+    report(
+        f"a server that ends, control by closing the connections alone, on a {kind}",
+        ends=ends,
+        CANCELLED=codes[CANCELLED],
+    )
+    assert codes[CANCELLED]
 
 
 def test_only_the_server_s_own_connections_are_closed():
@@ -144,3 +201,8 @@ def test_only_the_server_s_own_connections_are_closed():
         assert ends[1][0].recv(100) == b"x"
         stack.enter_context(socket.create_connection(ours.getsockname()))
         stack.enter_context(ours.accept()[0])  # it still listens
+        address = ours.getsockname()
+        assert closing.deafen(f"127.0.0.1:{address[1]}") == 1
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        stack.enter_context(socket.create_connection(other.getsockname()))  # which still does
