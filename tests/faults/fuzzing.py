@@ -20,15 +20,21 @@ import random
 import struct
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from shmcoord import Router, Segment, ShmcoordError, segments
+from shmcoord import POLICIES, Router, Segment, ShmcoordError, segments
 
-SLOTS, LEASES = 4, 4
+SLOTS, LEASES = 6, 4
 HANG_S = 60
 HOT = ((0, 8), (8, 8), (16, 8), (24, 8), (32, 4), (36, 4), (40, 4), (44, 4), (48, 8), (56, 8))
+HOT += ((64, 4), (68, 4), (72, 4), (76, 4), (80, 8), (120, 8))
+#: What a router shows of those who wait: whether it was told, and two turns of ticket and group.
+TURNS = ((44, 4), (72, 4), (88, 8), (96, 8), (104, 8), (112, 8))
+HOT += TURNS[2:]
+SYNC = ((256, 8), (264, 4), (268, 4), (272, 8), (280, 8), (288, 8))
 META = ((0, 8), (60, 4), (64, 8), (124, 4), (128, 8), (380, 4), (384, 4), (388, 4), (392, 8))
-META += ((400, 8), (408, 8), (416, 8), (424, 4), (428, 4), (448, 8), (476, 4))
+META += ((400, 8), (408, 8), (416, 8), (424, 4), (428, 4), (432, 8), (448, 8), (476, 4))
 HEADER = ((0, 8), (8, 2), (10, 2), (12, 4), (16, 8), (24, 4), (28, 4), (32, 8), (40, 8), (48, 8))
 HEADER += ((56, 8), (64, 8), (72, 8), (88, 4), (104, 8), (112, 8), (120, 4), (124, 4))
 SPECIAL = (0, 1, 2, 3, 0x40000000, 0x3FFFFFFF, 2**31, 2**32 - 1, 2**48, 2**62, 2**63, 2**64 - 1)
@@ -65,19 +71,28 @@ class Target:
         )
         self.router = Router(self.segment)
         self.router.acquire("G").release()
+        self.waiting = Router(self.segment)  # another one, whose callers wait
+        self.waiting.acquire("G").release()
+        self.thread = ThreadPoolExecutor(1)
         with open(f"/dev/shm/{name}", "r+b") as file:
             self.map = mmap.mmap(file.fileno(), 0)
         self.clean = bytes(self.map)
         record, lease, meta = struct.unpack_from("<QQQ", self.clean, 40)
         self.meta = meta
-        places = [*HEADER, (256, 8), (264, 4), (268, 4), (272, 8), (384, 8), (384, 1), (392, 8)]
+        places = [*HEADER, *SYNC, (384, 8), (384, 1), (392, 8)]
         for slot in range(SLOTS):
             places += [(4096 + 128 * slot + at, size) for at, size in HOT]
             places += [(record + 640 * slot, 8)]
-            places += [(record + 640 * slot + 64 + 8 * word, 8) for word in (0, 1, 6, 40)]
+            # A node's status; or a router's decisions, of four words each.
+            places += [(record + 640 * slot + 64 + 8 * word, 8) for word in (0, 1, 2, 3, 6, 40)]
+            places += [(record + 640 * slot + 64 + 8 * word, 8) for word in (7, 8, 16, 60, 63)]
             places += [(lease + 8 * (LEASES * slot + cell), 8) for cell in range(LEASES)]
             places += [(meta + 1024 * slot + at, size) for at, size in META]
         self.places = places
+        self.turns = [(268, 4), (280, 8)]
+        self.turns += [
+            (4096 + 128 * slot + at, size) for slot in range(SLOTS) for at, size in TURNS
+        ]
         self.calls = [
             self.observe,
             lambda steps: self.segment.reap(),
@@ -93,6 +108,12 @@ class Target:
             self.open_copy,
             lambda steps: segments(),
             self.metrics,
+            self.wait,
+            self.decisions,
+            self.budget,
+            lambda steps: str(
+                self.router.explain("G", key=steps.number(), cost=1 + steps.number())
+            ),
         ]
 
     def one(self, data: bytes) -> None:
@@ -167,10 +188,43 @@ class Target:
             self.node.resume()
 
     def other_policies(self, steps: Steps) -> None:
-        policy = ("random", "round-robin", "least-loaded")[steps.number() % 3]
+        policy = list(POLICIES)[steps.number() % len(POLICIES)]
         with Router(self.segment, policy=policy, seed=1) as router:
-            router.pick("G")
-            router.acquire("G").release()
+            router.pick("G", key=policy)
+            router.acquire("G", key=policy).release()
+            str(router.explain("G", key=policy))
+
+    def wait(self, steps: Steps) -> None:
+        """Callers that wait, of two routers, while their turns are changed and a cell is freed."""
+        leases = []
+        with suppress(ShmcoordError):
+            while len(leases) < 2 * LEASES:
+                leases.append(self.router.acquire("G"))
+        try:
+            waits = self.thread.submit(self.waiting.acquire, "G", 0.002)
+            for _ in range(steps.number() % 4):
+                at, size = self.turns[steps.number() % len(self.turns)]
+                self.map[at : at + size] = steps.take(size)
+            if leases and steps.number() % 2:
+                leases.pop().release()
+            with suppress(ShmcoordError):
+                self.router.acquire("G", 0.001).release()
+            waits.result().release()
+        finally:
+            for lease in leases:
+                lease.release()
+
+    def decisions(self, steps: Steps) -> None:
+        group = (None, "G", "nobody")[steps.number() % 3]
+        for past in self.observer.decisions(group):
+            repr((past, str(past), hash(past)))
+
+    def budget(self, steps: Steps) -> None:
+        budget = self.router.retry_budget(steps.number() / 100, float(steps.number()))
+        for _ in range(steps.number() % 8):
+            budget.spend()
+            budget.earn()
+        assert 0 <= budget.left <= 255
 
     def open_copy(self, steps: Steps) -> None:
         """What somebody finds who comes now; nobody has an owner lock on the copy."""
@@ -188,6 +242,8 @@ class Target:
                 router.acquire("G").release()
             with suppress(ShmcoordError):
                 segment.join("Z", group="G", endpoint="e").leave()
+            with suppress(ShmcoordError):
+                segment.decisions()
             segment.reap()
 
     def close(self) -> None:

@@ -182,7 +182,7 @@ async def test_nodes_killed_under_load(
     nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
 ):
     """Only what the dead node had adopted fails; 10 ms later nothing is routed to it."""
-    kills = count(2, 60)
+    kills = count(2, 40)
     sent = lost = 0
     latest = -1.0
     for number in range(kills):
@@ -254,7 +254,7 @@ async def test_routing_by_one_sign_of_life_is_found(nodes: Running, report: Call
 async def test_what_a_dead_node_had_not_adopted_fails_over_and_what_it_had_does_not(
     nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
 ):
-    rounds = count(1, 30)
+    rounds = count(1, 20)
     moved = 0
     for _ in range(rounds):
         async with held_query(nodes, teams=["PINK"]) as (call, chunks):
@@ -293,7 +293,7 @@ async def test_what_a_dead_node_had_not_adopted_fails_over_and_what_it_had_does_
 async def test_gateways_killed_under_load(
     nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
 ):
-    kills = count(1, 40)
+    kills = count(1, 25)
     sent = lost = 0
     slowest = 0.0
     for _ in range(kills):
@@ -341,7 +341,7 @@ async def test_a_node_that_stands_still_and_goes_on(
     nodes: Running, count: Callable[[int, int], int], report: Callable[..., None]
 ):
     """Nothing fails: what it had is late, the rest goes to others, and it gets work again."""
-    rounds = count(1, 30)
+    rounds = count(1, 20)
     sent = 0
 
     def routed(node: str, begin: float, end: float) -> int:
@@ -386,7 +386,7 @@ async def test_a_rolling_restart_loses_nothing(
     nodes: Running, full: bool, report: Callable[..., None], plain: bool
 ):
     """Nodes: no client notices. The gateway: clients ask again, and are answered."""
-    names, gateways = (6 * "BCDEF", 6) if full else ("B" if plain else "E", 1)
+    names, gateways = (4 * "BCDEF", 6) if full else ("B" if plain else "E", 1)
     async with load(nodes, plain=plain) as outcomes:
         for name in names:
             await restarted(nodes, name)
