@@ -13,6 +13,9 @@ from shmcoord.segment cimport Mapping
 
 from shmcoord.errors import SegmentForbidden
 
+# The largest `burst`, in thousandths.
+cdef uint64_t _DEBT_MAX = 10**12
+
 
 cdef class RetryBudget:
     """Whether one more retry may be made.
@@ -41,13 +44,13 @@ cdef class RetryBudget:
 
     def earn(self):
         """Count one request; one load where nothing is owed."""
-        cdef uint64_t debt
+        cdef uint64_t debt, left
         self.mapping.check()
         while True:
             debt = load_relaxed_u64(&self.mapping.m.sync.retry_debt)
-            if debt == 0 or self.earned == 0 or cas_seqcst_u64(
-                &self.mapping.m.sync.retry_debt, debt, debt - min(debt, self.earned)
-            ):
+            # More than any router may owe is nonsense: requests would never earn it back.
+            left = debt - min(debt, self.earned) if debt <= _DEBT_MAX else 0
+            if debt == left or cas_seqcst_u64(&self.mapping.m.sync.retry_debt, debt, left):
                 return
 
     def spend(self):

@@ -1,8 +1,9 @@
 """Counts, the report, and the builds of the fault harness.
 
 `make test` runs every row at a reduced count, `make faults` at the full one (SHMCOORD_FAULTS=full).
-Each row prints one line `FAULT <row>: <what was counted>`, and appends it as JSON to the file that
-SHMCOORD_FAULTS_JSON names, of which `fault_table.py` makes the table of docs/reliability.md.
+Each row prints one line `FAULT <row>: <what was counted>`, and writes it as JSON to the file that
+SHMCOORD_FAULTS_JSON names, of which `fault_table.py` makes the table of docs/reliability.md. A run
+replaces there what was written of its own tests and leaves the rest: runs of single files add up.
 
 Fixtures:
     full: whether the full counts are wanted.
@@ -53,7 +54,7 @@ OLD_BUILD_S = 7 * 86400
 JSON = os.environ.get("SHMCOORD_FAULTS_JSON", "")
 _rows: list[fault_table.Row] = []
 _others: list[fault_table.Row] = []
-_began = time.monotonic()
+_took: dict[str, float] = {}
 
 
 def _append(entry: fault_table.Row) -> None:
@@ -79,25 +80,27 @@ def _machine() -> str:
     )
 
 
-def pytest_sessionstart() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is run now takes the place of what earlier runs have written of the same tests."""
     when = time.strftime("%Y-%m-%d")
     _others.append({"machine": _machine(), "full": FULL, "when": when})
+    if JSON:
+        fault_table.forget(Path(JSON), {item.nodeid for item in session.items})
     _append(_others[-1])
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """What failed is written too, beside what it may have said before."""
+    """What failed is written too, beside what it may have said before; and how long it took."""
     outcome = yield
     result = outcome.get_result()  # type: ignore[attr-defined]
     if result.failed:
         _others.append({"failed": item.nodeid})
         _append(_others[-1])
-
-
-def pytest_sessionfinish() -> None:
-    _others.append({"seconds": round(time.monotonic() - _began)})
-    _append(_others[-1])
+    _took[item.nodeid] = _took.get(item.nodeid, 0.0) + result.duration
+    if result.when == "teardown":
+        _others.append({"seconds": round(_took[item.nodeid], 1), "of": item.nodeid})
+        _append(_others[-1])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,9 +3,9 @@
     python tests/faults/fault_table.py docs/faults.jsonl docs/reliability.md
 
 `make faults` does that at its end. Each line of the first file is JSON: a machine with which a run
-began, a row (`row`, `words`, `counts`, `control`, `test`), a test that failed, or the end of a run.
-Where a row was written more than once, the last one counts. What stands between the two markers of
-the second file is replaced; without a second file the table is printed.
+began, a row (`row`, `words`, `counts`, `control`, `test`), a test that failed, or how long a test
+took in seconds. Where a row was written more than once, the last one counts. What stands between
+the two markers of the second file is replaced; without a second file the table is printed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ TITLES: list[tuple[str, tuple[str, ...]]] = [
     ),
     ("SIGKILL behind each step of creation", ("SIGKILL at step create", "a creator killed")),
     ("a releaser dies before it wakes the waiter", ("waiting while a releaser",)),
+    ("nonsense in the wake word of a router that waits", ("nonsense in the wake word",)),
+    ("nonsense in the retry budget", ("nonsense in the retry budget",)),
     ("SIGKILL of routers and nodes at random under load", ("SIGKILL of routers",)),
     ("64 processes create the same segment at once", ("64 processes",)),
     ("SIGSTOP past the time-outs, SIGCONT", ("SIGSTOP and SIGCONT", "SIGSTOP, control")),
@@ -106,6 +108,18 @@ def read(lines: Iterable[str]) -> tuple[list[Row], list[Row]]:
     return list(rows.values()), others
 
 
+def forget(path: Path, tests: set[str]) -> None:
+    """Drops from a file of figures what was written of some tests, which are to be run again."""
+    if path.exists():
+        kept = [
+            line
+            for line in path.read_text().splitlines()
+            if not {"test", "failed", "of"} & (entry := json.loads(line)).keys()
+            or not {entry.get(key) for key in ("test", "failed", "of")} & tests
+        ]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
 def number_in(value: object) -> float | None:
     """The number that a figure begins with."""
     found = re.match(r"[+-]?[\d.]+", str(value))
@@ -176,15 +190,18 @@ def render(rows: list[Row], others: list[Row]) -> str:
         if mine:
             lines.append(line_of(title, mine))
     lines += [line_of(row["row"], [row]) for row in left if not row.get("proof")]
+    machines = [entry for entry in others if "machine" in entry]
     head = []
-    for entry in others:
-        if "machine" in entry:
-            head = [f"Of a run {'at full counts' if entry['full'] else 'at reduced counts'}"]
-            head += [f"on {entry['machine']}, {entry['when']}"]
-        elif "seconds" in entry:
-            head.append(f"{entry['seconds'] / 60:.0f} minutes")
+    for machine in dict.fromkeys(entry["machine"] for entry in machines):
+        mine = [entry for entry in machines if entry["machine"] == machine]
+        kinds = dict.fromkeys("full" if entry["full"] else "reduced" for entry in mine)
+        days = sorted({entry["when"] for entry in mine})
+        head.append(f"at {' and '.join(kinds)} counts on {machine}, {days[-1]}")
+    seconds = sum(entry["seconds"] for entry in others if "seconds" in entry)
+    if head:
+        head = [f"Measured {'; '.join(head)}; {seconds / 60:.0f} minutes in all."]
     failed = [entry["failed"] for entry in others if "failed" in entry]
-    text = [f"{', '.join(head)}." if head else "", ""]
+    text = [*head, ""]
     text += [f"**Failed:** {', '.join(failed)}", ""] if failed else []
     text += ["| fault | count | result | negative control |", "|---|---|---|---|", *lines]
     proofs = [row["row"] for row in rows if row.get("proof")]

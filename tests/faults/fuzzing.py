@@ -10,6 +10,7 @@ reader that believes a count which it finds in the segment.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import faulthandler
 import json
@@ -23,7 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from shmcoord import POLICIES, Router, Segment, ShmcoordError, segments
+from shmcoord import POLICIES, Lease, Router, Segment, ShmcoordError, segments
 
 SLOTS, LEASES = 6, 4
 HANG_S = 60
@@ -201,7 +202,8 @@ class Target:
             while len(leases) < 2 * LEASES:
                 leases.append(self.router.acquire("G"))
         try:
-            waits = self.thread.submit(self.waiting.acquire, "G", 0.002)
+            acquire = self.on_a_loop if steps.number() % 3 == 0 else self.waiting.acquire
+            waits = self.thread.submit(acquire, "G", 0.002)
             for _ in range(steps.number() % 4):
                 at, size = self.turns[steps.number() % len(self.turns)]
                 self.map[at : at + size] = steps.take(size)
@@ -213,6 +215,9 @@ class Target:
         finally:
             for lease in leases:
                 lease.release()
+
+    def on_a_loop(self, group: str, timeout_s: float) -> Lease:
+        return asyncio.run(self.waiting.acquire_async(group, timeout_s))
 
     def decisions(self, steps: Steps) -> None:
         group = (None, "G", "nobody")[steps.number() % 3]

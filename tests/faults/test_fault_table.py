@@ -27,14 +27,15 @@ LINES = [
     row("deadline over two hops", rounds=2, node_ended_after="+7 ms"),
     row("a thing | of its own", "held", moves=7),
     json.dumps({"failed": "test_x"}),
-    json.dumps({"seconds": 120}),
+    json.dumps({"seconds": 120, "of": "test_x"}),
+    json.dumps({"seconds": 60, "of": "test_y"}),
     json.dumps({"row": "so many states", "proof": True, "words": [], "counts": {}}),
 ]
 
 
 def test_rows_of_a_title_stand_together_and_the_last_run_of_each_counts():
     table = fault_table.render(*fault_table.read(LINES))
-    assert table.startswith("Of a run at full counts, on a machine, 2025-01-01, 2 minutes.")
+    assert table.startswith("Measured at full counts on a machine, 2025-01-01; 3 minutes in all.")
     assert "| kills 3,012, 2 kinds | well 3,012 | ownerless_lease: found |" in table
     assert "| cluster: deadline over two hops | rounds 2 | node ended after +7 ms |" in table
     assert "**Failed:** test_x" in table
@@ -49,12 +50,24 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path: Path):
     document.write_text(f"before\n{fault_table.BEGIN}\nold\n{fault_table.END}\nafter\n")
     assert fault_table.main([str(figures), str(document)]) == 0
     text = document.read_text()
-    assert text.startswith(f"before\n{fault_table.BEGIN}\nOf a run")
+    assert text.startswith(f"before\n{fault_table.BEGIN}\nMeasured at")
     assert text.endswith(f"{fault_table.END}\nafter\n")
     assert "old" not in text
     document.write_text("no markers")
     assert fault_table.main([str(figures), str(document)]) == 1
     assert document.read_text() == "no markers"
+
+
+def test_a_run_replaces_what_was_written_of_its_own_tests(tmp_path: Path):
+    figures = tmp_path / "figures"
+    fault_table.forget(figures, {"test_x"})  # nothing was written yet
+    lines = [json.dumps({"row": name, "test": f"test_{name}"}) for name in "xy"]
+    figures.write_text("\n".join([*LINES, *lines]))
+    fault_table.forget(figures, {"test_x"})
+    kept = figures.read_text().splitlines()
+    assert set(LINES) - set(kept) == {LINES[7], LINES[8]}  # it had failed, and taken two minutes
+    assert lines[0] not in kept
+    assert lines[1] in kept
 
 
 def test_every_title_has_rows_in_the_harness():

@@ -22,8 +22,10 @@ def report(text: str) -> None:
     print(text)  # noqa: T201
     path = os.environ.get("SHMCOORD_FAULTS_JSON")
     if path:
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
+        row = {"row": text, "proof": True, "words": [], "counts": {}, "test": test}
         with open(path, "a") as file:
-            file.write(json.dumps({"row": text, "proof": True, "words": [], "counts": {}}) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 SOURCE = Path(shmcoord.get_include())
