@@ -193,6 +193,8 @@ async def test_nodes_killed_under_load(
             killed = time.monotonic()
             nodes.kill(victim)
             await asyncio.sleep(0.3)
+            late = killed + NO_ROUTING_S
+            await until(lambda at=late, of=outcomes: sum(o.began > at for o in of) > WORKERS)
         routed = [m - killed for m, node, _ in nodes.decisions() if node == victim and m > begun]
         assert routed, f"{victim} had no work"
         latest = max(latest, *routed)
@@ -257,9 +259,15 @@ async def test_what_a_dead_node_had_not_adopted_fails_over_and_what_it_had_does_
     rounds = count(1, 20)
     moved = 0
     for _ in range(rounds):
-        async with held_query(nodes, teams=["PINK"]) as (call, chunks):
-            # It sends its rows: it has adopted this one, and may have done anything.
-            victim = next(node for node, queue in nodes.queues().items() if queue)
+        async with contextlib.AsyncExitStack() as stack:
+            held = {}
+            for _ in range(5):  # two of the three nodes have two each, the third one
+                kept = await stack.enter_async_context(held_query(nodes, teams=["PINK"]))
+                held.setdefault(nodes.decisions()[-1][1], []).append(kept)
+            # The third is the one to be taken next. It sends its rows: it has adopted this one, and
+            # may have done anything.
+            victim = min(held, key=lambda node, of=held: len(of[node]))
+            [(call, chunks)] = held[victim]
             nodes.processes[victim].send_signal(signal.SIGSTOP)
             # Some of these are sent to it before it is suspect, and it takes none of them up.
             begun = time.monotonic()
@@ -306,7 +314,7 @@ async def test_gateways_killed_under_load(
             await until(lambda: nodes.cells(without="A") == 0)
             slowest = max(slowest, time.monotonic() - killed)
             await asyncio.to_thread(nodes.start, "A")
-            await until(lambda done=outcomes: done[-1].code is OK)
+            await until(lambda done=outcomes: done[-1].code is OK, timeout_s=30)
         for outcome in failed(outcomes):
             assert outcome.code is UNAVAILABLE, outcome
         assert all(nodes.processes[name].poll() is None for name in NODES)
