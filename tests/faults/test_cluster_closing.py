@@ -106,7 +106,7 @@ async def codes_of_one_end(
 async def test_who_is_not_answered_hears_unavailable(
     tmp_path: Path, kind: str, count: Callable[[int, int], int], report: Callable[..., None]
 ):
-    ends = count(10, 300)
+    ends = count(10, 150)
     codes: Counter[grpc.StatusCode] = Counter()
     for number in range(ends):
         endpoint = "127.0.0.1:0" if kind == "port" else f"unix:{tmp_path}/{number}"
@@ -134,7 +134,7 @@ async def test_who_connects_while_it_ends_hears_unavailable(
     tmp_path: Path, kind: str, count: Callable[[int, int], int], report: Callable[..., None]
 ):
     """A connection that comes between the end of the others and `stop` is not taken."""
-    ends = count(10, 200)
+    ends = count(10, 100)
     codes: Counter[grpc.StatusCode] = Counter()
     for number in range(ends):
         endpoint = "127.0.0.1:0" if kind == "port" else f"unix:{tmp_path}/{number}"
