@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fuzzing
 import pytest
 
 import shmcoord
@@ -84,6 +86,19 @@ def fuzz(folder: Path, shim: Path, name: str, engine: str, seconds: float, cases
 
 def with_sanitizers() -> str:
     return "ASan and UBSan" if SANITIZE or SANITIZED else "guard pages"
+
+
+def test_every_word_of_the_layout_is_changed():
+    """Fields that a later layout adds are not forgotten: all that the header asserts."""
+    text = (Path(shmcoord.get_include()) / "_layout.h").read_text()
+    tables = {"header": (fuzzing.HEADER, 0), "sync": (fuzzing.SYNC, 256)}
+    tables |= {"hot": (fuzzing.HOT, 0), "meta": (fuzzing.META, 0)}
+    asserted = re.findall(r"offsetof\(shmc_(\w+), (\w+)\) == (\d+)", text)
+    assert len(asserted) > 40
+    for struct, field, at in asserted:
+        if struct in tables:
+            places, base = tables[struct]
+            assert base + int(at) in dict(places), f"{struct}.{field}"
 
 
 def test_random_bytes_while_in_use(name, instrumented, preloaded, count, report):
