@@ -143,7 +143,7 @@ def report() -> Callable[..., None]:
             for key, value in counts.items()
         }
         entry = {"row": row, "words": list(map(str, words)), "counts": kept}
-        _rows.append({**entry, "control": "control" in row, "test": test})
+        _rows.append({**entry, "control": "control" in row, "test": test, "full": FULL})
         _append(_rows[-1])
 
     return write

@@ -176,6 +176,8 @@ def line_of(title: str, rows: list[Row]) -> str:
         _, _, kind = row["row"].partition("control")
         said = [*row["words"], *(shown(key, value) for key, value in row["counts"].items())]
         found.append(f"{kind.strip(' :,') or 'without'}: {cell(said)}")
+    if not all(row.get("full", True) for row in plain):
+        title += " (reduced counts)"
     result = [*words, *(shown(key, value) for key, value in figures.items())]
     return f"| {cell([title])} | {count} | {cell(result)} | {'; '.join(found)} |"
 

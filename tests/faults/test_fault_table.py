@@ -40,6 +40,9 @@ def test_rows_of_a_title_stand_together_and_the_last_run_of_each_counts():
     assert "| cluster: deadline over two hops | rounds 2 | node ended after +7 ms |" in table
     assert "**Failed:** test_x" in table
     assert "```text\nso many states\n```" in table
+    reduced = json.dumps({**json.loads(LINES[5]), "full": False})
+    other = fault_table.render(*fault_table.read([*LINES, reduced]))
+    assert "| cluster: deadline over two hops (reduced counts) | rounds 2 |" in other
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {5}
 
