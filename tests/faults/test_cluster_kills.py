@@ -40,6 +40,8 @@ ROWS_FOUND = len(matching(WORDS))
 NO_ROUTING_S = 0.010
 #: Of the same kind, for a node that stands still: heartbeats of 0.2 s, three of them, and a margin.
 SUSPECT_S = 1.0
+#: The gateway passes a node over for 1 s after it could not be reached.
+UNREACHABLE_S = 1.2
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
 
 
@@ -288,6 +290,7 @@ async def test_what_a_dead_node_had_not_adopted_fails_over_and_what_it_had_does_
             assert "team PINK" in await call.details()
         moved += routed[victim]
         nodes.start(victim)
+        await asyncio.sleep(UNREACHABLE_S)
     await nothing_held(nodes)
     report(
         "requests of a dead node",
