@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "shmcoord", "tests")
 CORE = (
     "segment", "liveness", "status", "lease", "node", "observe", "picker", "router", "waiting",
-    "fork", "update", "dispatch", "lifecycle",
+    "fork", "update", "dispatch", "lifecycle", "turns", "trace", "budget", "table", "policies",
+    "hedging",
 )  # fmt: skip
 FAULTS = ("header", "storage", "exhausted", "namespaces", "fuzz")
 #: Overruns a block of the heap by ctypes: must be reported, or nothing would be.

@@ -31,6 +31,13 @@ TITLES: list[tuple[str, tuple[str, ...]]] = [
     ),
     ("SIGKILL behind each step of creation", ("SIGKILL at step create", "a creator killed")),
     ("a releaser dies before it wakes the waiter", ("waiting while a releaser",)),
+    ("first come, first served among processes", ("order of 5", "6 processes at one")),
+    (
+        "routers that die while they wait or are told",
+        ("killed while it waits", "killed at ", "releaser killed"),
+    ),
+    ("a router that is stopped while it waits", ("stopped while it waits",)),
+    ("callers that cancel while they wait", ("cancelled while told", "storm of cancellations")),
     ("nonsense in the wake word of a router that waits", ("nonsense in the wake word",)),
     ("nonsense in the retry budget", ("nonsense in the retry budget",)),
     ("SIGKILL of routers and nodes at random under load", ("SIGKILL of routers",)),
