@@ -84,6 +84,10 @@ def deafen(endpoint: str) -> int:
     closed = 0
     for number, found in _sockets_of(endpoint):
         if _listens(found):
+            if endpoint.startswith(UNIX):
+                # As gRPC would; and before that, so that it is not the next server's that goes.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(endpoint.removeprefix(UNIX))
             with socket.socket(found.family, found.type) as nobody:
                 os.dup2(nobody.fileno(), number, inheritable=False)
             closed += 1

@@ -139,6 +139,7 @@ async def test_who_connects_while_it_ends_hears_unavailable(
     for number in range(ends):
         endpoint = "127.0.0.1:0" if kind == "port" else f"unix:{tmp_path}/{number}"
         codes += await codes_of_one_end(endpoint, closing.close, connecting=CONNECTING)
+    assert not list(tmp_path.iterdir())  # a socket goes with its server
     report(
         f"a server that ends under clients that connect, on a {kind}",
         ends=ends,
