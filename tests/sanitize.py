@@ -64,7 +64,8 @@ def build(folder: Path) -> dict[str, str]:
     return {
         **os.environ,
         "LD_PRELOAD": " ".join([library("libasan.so"), library("libubsan.so"), str(shim)]),
-        # Both signals are for tests of truncated and punched files; a small quarantine gives memory back.
+        # Both signals are for tests of files with parts missing; a small quarantine gives memory
+        # back.
         "ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0:handle_sigfpe=0:quarantine_size_mb=8",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONMALLOC": "malloc",
