@@ -1,8 +1,8 @@
 # Bells: datagrams of one byte by which whoever frees a cell wakes an event loop of another process.
 #
-# A bell is an abstract Unix socket, which needs no file and goes with its process. Its name holds the
-# incarnation of the segment, 64 random bits that only those can read who may read the segment: nobody
-# else can take the name first, or ring.
+# A bell is an abstract Unix socket, which needs no file and goes with its process. Its name holds
+# the incarnation of the segment, 64 random bits that only those can read who may read the segment:
+# nobody else can take the name first, or ring.
 from libc.stdint cimport uint32_t, uint64_t
 
 cdef extern from *:

@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """A doorbell for event loops: descriptors that become readable when a router is told of a cell.
 
-An event loop waits for descriptors, so whoever frees a cell sends a datagram of one byte to a socket
-of the loop (`_bell.pxd`). Where it cannot (another network namespace, a sandbox), it wakes a futex;
+An event loop waits for descriptors, so whoever frees a cell sends a datagram of one byte to a
+socket of the loop (`_bell.pxd`). Where it cannot (another network namespace, a sandbox), it wakes a futex;
 then a native thread, one per router and loop, makes an eventfd readable. It never takes the GIL: a
 Python thread in its place would wait for the loop's thread to let go of it, and the loop then for
 the other. While datagrams arrive it sleeps.
