@@ -14,19 +14,17 @@ import contextlib
 import heapq
 import itertools
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from shmcoord.waiters import LoopSide, LoopWaiter, ThreadWaiter, Waiter, WakeUps
 
 if TYPE_CHECKING:
     import asyncio
 
-    from shmcoord.doorbell import Doorbell
-
-__all__ = ["LOST_WAKEUP_S", "LoopWaiter", "ThreadWaiter", "WaitQueue", "WakeUps"]
+__all__ = ["LOST_WAKEUP_S", "WaitQueue"]
 
 _log = logging.getLogger("shmcoord.waiting")
 T = TypeVar("T")
@@ -36,197 +34,6 @@ T = TypeVar("T")
 LOST_WAKEUP_S = 0.05
 # The thread stays this long after the last caller was served: starting one costs 0.1 ms.
 LINGER_S = 2.0
-
-
-class WakeUps(Protocol):
-    """What the queue needs of the shared memory: `turns.Turns`."""
-
-    def begin(self) -> object:
-        """Count this router among those who wait."""
-
-    def end(self) -> object:
-        """The reverse of `begin`."""
-
-    def tickets(self) -> Sequence[int]:
-        """A place in the order of all callers of all processes."""
-
-    def publish(
-        self, heads: Sequence[tuple[int, Sequence[int]]], waiting: int, by_loop: bool = False
-    ) -> object:
-        """Show the oldest caller of each group (oldest first), how many wait, and where."""
-
-    def consume(self) -> bool:
-        """Whether we were told of a free cell; called before looking for it."""
-
-    def pass_on(self, group: int) -> object:
-        """Tell the next router, of this group (0: of any): a cell may be left."""
-
-    def wake(self) -> object:
-        """End a `sleep` that has begun or is about to."""
-
-    def sleep(self, timeout_s: float) -> object:
-        """Block until we are told, or for the given seconds."""
-
-    @property
-    def version(self) -> int:
-        """Moves when a doorbell made before does not hear everything any more."""
-
-    def doorbell(self) -> Doorbell:
-        """What makes a descriptor readable when we are told."""
-
-
-class _Waiter(Generic[T]):
-    """One caller in the queue."""
-
-    def __init__(
-        self,
-        group: str,
-        group_hash: int,
-        attempt: Callable[[], T | None],
-        deadline: float,
-        tickets: Sequence[int],
-    ) -> None:
-        self.group = group
-        self.group_hash = group_hash
-        self.attempt = attempt
-        self.deadline = deadline
-        self.tickets = tickets
-        self.queued = True
-
-    def is_gone(self) -> bool:
-        """Whether nobody wants the result any more."""
-        raise NotImplementedError
-
-    def settle(self, result: T | None, error: BaseException | None) -> bool:
-        """Hand over; False if nobody takes it."""
-        raise NotImplementedError
-
-
-class ThreadWaiter(_Waiter[T]):
-    """A caller on a thread; cancel `future` to leave the queue."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.future: Future[T | None] = Future()
-
-    def is_gone(self) -> bool:
-        """Whether `future` was cancelled."""
-        return self.future.cancelled()
-
-    def settle(self, result: T | None, error: BaseException | None) -> bool:
-        """Set the result of `future`."""
-        if not self.future.set_running_or_notify_cancel():
-            return False
-        if error is not None:
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(result)
-        return True
-
-
-class LoopWaiter(_Waiter[T]):
-    """A caller on an event loop; `future` belongs to the loop."""
-
-    def __init__(self, side: _LoopSide[T], undo: Callable[[T], object], *args: Any) -> None:
-        super().__init__(*args)
-        self.side = side
-        self.future: asyncio.Future[T | None] = side.loop.create_future()
-        self._undo = undo
-
-    def is_gone(self) -> bool:
-        """Whether `future` was cancelled."""
-        return self.future.cancelled()
-
-    def settle(self, result: T | None, error: BaseException | None) -> bool:
-        """Have the loop set the result of `future`; what nobody takes there is undone there."""
-        if threading.get_ident() == self.side.thread_id:
-            self._set(result, error)
-            return True
-        try:
-            self.side.loop.call_soon_threadsafe(self._set, result, error)
-        except RuntimeError:  # the loop was closed meanwhile
-            return False
-        return True
-
-    def _set(self, result: T | None, error: BaseException | None) -> None:
-        if self.future.done():  # cancelled meanwhile
-            if result is not None:
-                self._undo(result)
-        elif error is not None:
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(result)
-
-
-class _LoopSide(Generic[T]):
-    """One event loop's part of a queue: its doorbell and its timer. Lives in the loop's thread."""
-
-    def __init__(self, queue: WaitQueue[T], loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.thread_id = threading.get_ident()
-        self.waiting = 0  # callers of this loop; changed under the queue's lock
-        self._queue = queue
-        self._bell: Doorbell | None = None
-        self._fds: list[int] = []
-        self._version = -1
-        self._timer: asyncio.TimerHandle | None = None
-        self._due = float("inf")
-
-    def arm(self, deadline: float) -> None:
-        """Have the queue served when the bell rings, and looked at when the deadline comes."""
-        if self._version != self._queue.wake_ups.version:
-            self._unhook()
-            self._version = self._queue.wake_ups.version
-            self._bell = self._queue.wake_ups.doorbell()
-            self._fds = list(self._bell.fds)
-            for fd in self._fds:
-                self.loop.add_reader(fd, self._rung, fd)
-            self._queue.republish()
-        now = time.monotonic()
-        due = min(deadline, now + LOST_WAKEUP_S)
-        if due < self._due:
-            self._set_timer(due, due - now)
-
-    def close(self) -> None:
-        """Let go of the loop."""
-        self._unhook()
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _set_timer(self, due: float, after_s: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._due = due
-        self._timer = self.loop.call_later(max(after_s, 0.0), self._look)
-
-    def _rung(self, fd: int) -> None:
-        try:
-            os.read(fd, 8)
-        except (BlockingIOError, OSError):
-            return
-        self._queue.serve_told()
-
-    def _look(self) -> None:
-        """The net under lost wake-ups, and the time-outs."""
-        self._timer = None
-        if not self.waiting and self._due == float("inf"):  # nobody came for a while
-            self._queue.forget(self)
-            return
-        self._due = float("inf")
-        if self.waiting:
-            self._queue.serve_told()
-        if self.waiting:
-            self.arm(self._queue.next_deadline())
-        else:
-            self._timer = self.loop.call_later(LINGER_S, self._look)
-
-    def _unhook(self) -> None:
-        if self._bell is not None:
-            if not self.loop.is_closed():
-                for fd in self._fds:
-                    self.loop.remove_reader(fd)
-            self._bell.close()
-            self._bell = None
 
 
 class WaitQueue(Generic[T]):
@@ -258,16 +65,26 @@ class WaitQueue(Generic[T]):
         self._most = most
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
-        self._queues: dict[str, collections.deque[_Waiter[T]]] = {}
-        self._deadlines: list[tuple[float, int, _Waiter[T]]] = []
+        self._queues: dict[str, collections.deque[Waiter[T]]] = {}
+        self._deadlines: list[tuple[float, int, Waiter[T]]] = []
         self._order = itertools.count()
         self._count = 0
         self._on_threads = 0
         self._begun = False
         self._asleep_until = float("-inf")
         self._thread: threading.Thread | None = None
-        self._sides: dict[asyncio.AbstractEventLoop, _LoopSide[T]] = {}
+        self._sides: dict[asyncio.AbstractEventLoop, LoopSide] = {}
         self._closed = False
+
+    @property
+    def net_s(self) -> float:
+        """After how long everybody who waits looks by himself."""
+        return LOST_WAKEUP_S
+
+    @property
+    def linger_s(self) -> float:
+        """How long what serves stays after the last caller."""
+        return LINGER_S
 
     def ahead(self, group: str) -> int:
         """How many callers of this router wait for the group: a new one goes behind them."""
@@ -300,7 +117,7 @@ class WaitQueue(Generic[T]):
         if side is None:
             for other in [other for other in self._sides if other.is_closed()]:
                 self.forget(self._sides[other])
-            side = self._sides[loop] = _LoopSide(self, loop)
+            side = self._sides[loop] = LoopSide(self, loop)
         waiter = LoopWaiter[T](
             side,
             self._undo,
@@ -312,7 +129,7 @@ class WaitQueue(Generic[T]):
             side.arm(waiter.deadline)
         return waiter
 
-    def leave(self, waiter: _Waiter[T]) -> None:
+    def leave(self, waiter: Waiter[T]) -> None:
         """Take a caller out who does not want to wait any longer."""
         if self._remove(waiter):
             self._has_left(waiter.group)
@@ -336,7 +153,7 @@ class WaitQueue(Generic[T]):
                 with contextlib.suppress(RuntimeError):  # its loop was closed
                     side.loop.call_soon_threadsafe(self.forget, side)
 
-    def forget(self, side: _LoopSide[T]) -> None:
+    def forget(self, side: LoopSide) -> None:
         """Let go of a loop on which nobody waits; in its thread, or once it is closed."""
         self._sides.pop(side.loop, None)
         side.close()
@@ -360,7 +177,7 @@ class WaitQueue(Generic[T]):
 
     # --- arriving and leaving
 
-    def _enqueue(self, waiter: _Waiter[T]) -> bool:
+    def _enqueue(self, waiter: Waiter[T]) -> bool:
         with self._lock:
             if self._closed:
                 raise ValueError("the router is closed")
@@ -393,7 +210,7 @@ class WaitQueue(Generic[T]):
             self.wake_ups.wake()
         return True
 
-    def _remove(self, waiter: _Waiter[T]) -> bool:
+    def _remove(self, waiter: Waiter[T]) -> bool:
         """Take a waiter out; False if somebody else has done so: he then answers for it."""
         with self._lock:
             if not waiter.queued:
@@ -415,7 +232,7 @@ class WaitQueue(Generic[T]):
             except ValueError:  # the router is just being closed
                 return
 
-    def _drop(self, waiter: _Waiter[T]) -> None:
+    def _drop(self, waiter: Waiter[T]) -> None:
         """The caller has the lock."""
         self._unqueue(waiter)
         queue = self._queues[waiter.group]
@@ -429,7 +246,7 @@ class WaitQueue(Generic[T]):
         if not self._count:
             self._deadlines.clear()
 
-    def _unqueue(self, waiter: _Waiter[T]) -> None:
+    def _unqueue(self, waiter: Waiter[T]) -> None:
         waiter.queued = False
         if isinstance(waiter, LoopWaiter):
             waiter.side.waiting -= 1
@@ -527,7 +344,7 @@ class WaitQueue(Generic[T]):
                 self._has_left(waiter.group)
                 waiter.settle(None, None)
 
-    def _try(self, waiter: _Waiter[T]) -> bool:
+    def _try(self, waiter: Waiter[T]) -> bool:
         """One attempt; whether the waiter is done with (served, failed or gone)."""
         try:
             result = waiter.attempt()

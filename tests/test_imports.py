@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "policy": {"decision"},
     "update": set(),
-    "waiting": {"doorbell"},
+    "waiters": {"doorbell"},
+    "waiting": {"waiters"},
     # native: the only code that touches shared memory
     "segment": {"_atomics", "_layout", "_posix", "_steps", "errors"},
     "status": {"_atomics", "_layout", "_posix", "_steps", "segment"},

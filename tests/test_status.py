@@ -111,7 +111,7 @@ def test_memory_and_cpu_come_with_the_beat(segment, node):
         return segment.status("B").memory_bytes > before + 30_000_000
 
     wait_until(grown, 5)
-    del ballast
+    ballast = b""
     wait_until(lambda: segment.status("B").memory_bytes < before + 30_000_000, 5)
 
     def busy():
