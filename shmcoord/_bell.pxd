@@ -1,8 +1,9 @@
 # Bells: datagrams of one byte by which whoever frees a cell wakes an event loop of another process.
 #
 # A bell is an abstract Unix socket, which needs no file and goes with its process. Its name holds
-# the incarnation of the segment, 64 random bits that only those can read who may read the segment:
-# nobody else can take the name first, or ring.
+# the incarnation of the segment, so it is nobody else's by accident. Whoever shares the network
+# namespace may ring it, or have taken the name: then a loop looks at its wake words in vain, or is
+# woken by the futex, or by the net.
 from libc.stdint cimport uint32_t, uint64_t
 
 cdef extern from *:

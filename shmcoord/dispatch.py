@@ -136,7 +136,7 @@ class _Course:
             return error
         text = f"{error}{self._tried_text()}"
         if isinstance(error, Saturated):
-            return Saturated(text)
+            return Saturated(text, error.retry_after_s)
         return NoneReachable(text, tuple(self._tried))
 
     def last_error(self) -> Exception | None:

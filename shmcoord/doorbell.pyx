@@ -2,10 +2,10 @@
 """A doorbell for event loops: descriptors that become readable when a router is told of a cell.
 
 An event loop waits for descriptors, so whoever frees a cell sends a datagram of one byte to a
-socket of the loop (`_bell.pxd`). Where it cannot (another network namespace, a sandbox), it wakes a futex;
-then a native thread, one per router and loop, makes an eventfd readable. It never takes the GIL: a
-Python thread in its place would wait for the loop's thread to let go of it, and the loop then for
-the other. While datagrams arrive it sleeps.
+socket of the loop (`_bell.pxd`). Where it cannot (another network namespace, a sandbox), it wakes a
+futex; then a native thread, one per router and loop, makes an eventfd readable. It never takes the
+GIL: a Python thread in its place would wait for the loop's thread to let go of it, and the loop
+then for the other. While datagrams arrive it sleeps.
 """
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
@@ -18,6 +18,7 @@ from shmcoord.liveness cimport Participant
 from shmcoord.segment cimport MAPPING_FORKED
 
 import os
+import weakref
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int start, int flags)
@@ -39,6 +40,19 @@ cdef struct bell_t:
     uint32_t count
     uint32_t stop         # futex; set by the owner, once
     int fd
+
+
+_bells = weakref.WeakSet()
+
+
+def _close_bells():
+    """A forked child must not keep the addresses of its parent's bells."""
+    for bell in list(_bells):
+        (<Doorbell>bell)._close()
+    _bells.clear()
+
+
+os.register_at_fork(after_in_child=_close_bells)
 
 
 cdef void* _main(void* argument) noexcept nogil:
@@ -82,12 +96,13 @@ cdef class Doorbell:
         fds: an eventfd and sockets; reading 8 bytes makes one unreadable, perhaps after some turns.
     """
 
-    cdef list participants
+    cdef tuple participants  # a tuple: nothing clears it before we have let go of the memory
     cdef bell_t* bell
     cdef pthread_t thread
     cdef bint running
     cdef int fd
-    cdef readonly list fds
+    cdef readonly tuple fds
+    cdef object __weakref__
 
     def __cinit__(self, list participants):
         cdef sigset_t every, before
@@ -95,10 +110,10 @@ cdef class Doorbell:
         cdef uint32_t i = 0
         cdef int err
         self.fd = -1
-        self.fds = []
+        self.fds = ()
         if len(participants) > 127:
             raise ValueError(f"at most 127 participants, not {len(participants)}")
-        self.participants = list(participants)
+        self.participants = tuple(participants)
         self.bell = <bell_t*>calloc(1, sizeof(bell_t))
         if self.bell == NULL:
             raise MemoryError()
@@ -119,13 +134,16 @@ cdef class Doorbell:
         if err:
             raise OSError(err, os.strerror(err), "a thread that waits for capacity")
         self.running = True
-        self.fds.append(self.fd)
+        _bells.add(self)
+        fds = [self.fd]
+        self.fds = tuple(fds)
         for participant in self.participants:
             owner = <Participant>participant
             # Another loop of the same router may have it already: it serves the callers of all.
             err = bell_open(owner.entry.m.incarnation, owner.slot)
             if err >= 0:
-                self.fds.append(err)
+                fds.append(err)
+                self.fds = tuple(fds)
                 owner.has_bell = True
 
     def close(self):
@@ -135,10 +153,14 @@ cdef class Doorbell:
     cdef void _close(self) noexcept:
         cdef bint is_forked = False
         cdef Participant owner
+        cdef tuple fds = self.fds  # taken first: two threads may close at once
+        cdef int alone = self.fd if not fds else -1
+        self.fds = ()
+        self.fd = -1
         for participant in self.participants:
             owner = <Participant>participant
             is_forked = owner.entry.m.state == MAPPING_FORKED
-            if len(self.fds) > 1 and not is_forked and not owner.left:
+            if len(fds) > 1 and not is_forked and not owner.left:
                 owner.has_bell = False
                 store_release_u32(&owner.entry.m.hot[owner.slot].bell, 0)
         if self.running:
@@ -148,12 +170,10 @@ cdef class Doorbell:
                 futex_wake_all(&self.bell.stop)
                 with nogil:
                     pthread_join(self.thread, NULL)
-        for fd in self.fds:
+        for fd in fds:
             c_close(fd)
-        if self.fd >= 0 and not self.fds:
-            c_close(self.fd)
-        self.fd = -1
-        self.fds = []
+        if alone >= 0:
+            c_close(alone)
 
     def __dealloc__(self):
         if self.participants is not None:

@@ -5,6 +5,10 @@ from shmcoord.picker cimport candidates_t, pick_t, policy_t
 from shmcoord.table cimport Table
 
 
+cdef class RandomSource:
+    cdef uint64_t state
+
+
 # A table's words at one moment, copied, so that what is explained is what was decided.
 cdef class Frozen:
     cdef Table table

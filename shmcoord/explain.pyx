@@ -43,6 +43,17 @@ from shmcoord.table cimport (
 )
 
 
+cdef class RandomSource:
+    """Random numbers for a policy in Python; go on where the router's own stood."""
+
+
+cdef object _drawer(RandomSource source):
+    """A callable that gives the next number in [0, 1)."""
+    def draw():
+        return random_unit(&source.state)
+    return draw
+
+
 cdef Frozen freeze(Table table):
     """The table as it is now."""
     cdef Frozen self = Frozen.__new__(Frozen)
@@ -77,6 +88,7 @@ cdef class Frozen:
         """The index that the policy takes, by `scan` or, if that is NULL, by asking `ask`."""
         cdef uint32_t i, best = 8
         cdef uint64_t word
+        cdef RandomSource source = RandomSource.__new__(RandomSource)
         if scan != NULL:
             return scan(&self.view, pick)
         from shmcoord.policy import View  # not needed where nobody asks
@@ -93,9 +105,11 @@ cdef class Frozen:
                 offered[every[<int>i]] = i
         if not offered:
             return -1
+        source.state = pick.rng[0]
         chosen = ask(
-            View(tuple(offered), pick.key, pick.cost, lambda: random_unit(pick.rng))
+            View(tuple(offered), pick.key, pick.cost, _drawer(source))
         )
+        pick.rng[0] = source.state
         if chosen is None:
             return -1
         index = offered.get(chosen)

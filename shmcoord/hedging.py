@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from shmcoord.errors import NoBackend, Saturated, ShmcoordError
+from shmcoord.errors import ShmcoordError
 
 if TYPE_CHECKING:
     import asyncio
@@ -35,7 +35,7 @@ def release_quietly(lease: Lease) -> None:
 
 
 def _second(acquire_idle: AcquireIdle, first: Lease) -> Lease | None:
-    with suppress(NoBackend, Saturated):
+    with suppress(ShmcoordError):  # whatever it is: the first is under way
         return acquire_idle((first.backend,))
     return None
 
@@ -105,7 +105,8 @@ class HedgePool:
         Then the caller leaves it alone: it is released when its sending ends.
         """
         one = self._pool.submit(send, first)
-        if not futures.wait((one,), timeout=after_s).done:
+        if not futures.wait((one,), timeout=after_s).done and one.running():
+            # (Not running: it waits for a thread of ours, not for the node.)
             second = _second(acquire_idle, first)
             if second is not None:
                 two = self._pool.submit(send, second)

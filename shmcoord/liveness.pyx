@@ -353,8 +353,9 @@ cdef class Participant:
         step(b"leave.row")
         _close_word(&m.hot[slot])
         step(b"leave.word")
-        # The queue of those who wait, if there is one, takes itself off `sync.waiters` as it ends.
-        store_release_u32(&m.hot[slot].waiting_now, 0)
+        if load_relaxed_u32(&m.hot[slot].waiting_now) != 0:  # its queue will not count us out
+            store_release_u32(&m.hot[slot].waiting_now, 0)
+            count_waiter_out(m)
         and_seqcst_u64(&m.bitmap[slot >> 6], ~(<uint64_t>1 << (slot & 63)))
         step(b"leave.bitmap")
         let_go(self.entry)

@@ -248,7 +248,8 @@ cdef class Router:
                     backend: until for backend, until in self.unreachable.items() if until > now_ns
                 }
                 self.watches = {
-                    backend: watch for backend, watch in self.watches.items() if backend.alive
+                    backend: watch for backend, watch in self.watches.items()
+                    if (<Backend>backend).m.state == MAPPING_OPEN and backend.alive
                 }
             for slot in range(segment.m.slots):
                 info = read_info(segment.m, slot)
@@ -426,6 +427,8 @@ cdef class Router:
             lease = future.result()
         except BaseException:
             # Interrupted (Ctrl-C): nobody will take what comes.
+            if (<Mapping>self.segments[0]).m.state == MAPPING_FORKED:
+                raise
             if future.cancel():
                 self.waiting.leave(waiter)
             elif future.exception() is None and future.result() is not None:
@@ -458,6 +461,8 @@ cdef class Router:
         try:
             lease = await future
         except BaseException:
+            if (<Mapping>self.segments[0]).m.state == MAPPING_FORKED:
+                raise  # the queue is the parent's, and its lock may be held for ever here
             self.waiting.leave(waiter)
             # Cancelled between the hand-over and our waking up: what came is given back. (What
             # comes later finds the future cancelled.)
@@ -496,7 +501,7 @@ cdef class Router:
         cdef uint32_t i
         if self.is_closed or (<Mapping>self.segments[0]).m.state != MAPPING_OPEN:
             self._check()  # in a forked child the memory is not there, and our locks may be held
-        if self.waiting is not None and self.waiting.ahead(ask.group):
+        if self.waiting is not None and self.waiting.has_ahead(ask.group):
             return True
         if can_wait:
             for i in range(self.count):
@@ -539,8 +544,12 @@ cdef class Router:
                 c = &table.candidates.items[index]
                 if c.penalty and (any_full or gated):
                     break  # healthy nodes are there, full as they are
+                if ask.exclude and table.backends[index] in ask.exclude:
+                    c.skip = pick.skip  # another thread's attempt has marked it meanwhile
+                    continue
                 if ask.idle_only and load_relaxed_u64(&c.hot.load) & LOAD_BITS:
                     c.skip = pick.skip
+                    any_full = True  # healthy, so no penalised one instead
                     continue
                 if gate and self._is_gated(table, index):
                     c.skip = pick.skip
@@ -734,7 +743,7 @@ cdef class Router:
             burst: retries that may be made before any were earned.
         """
         self._check()
-        return RetryBudget(self.segments[0], ratio, burst)
+        return RetryBudget(self.segments, ratio, burst)
 
     def mark_unreachable(self, backend, for_s=1.0):
         """Pass a node over while others are eligible, for some seconds (inf: for good).
@@ -777,11 +786,13 @@ cdef class Router:
             if (<Mapping>segment).m.state == MAPPING_FORKED:
                 (<Mapping>segment).check()
         self.is_closed = True
-        if self.waiting is not None:
-            self.waiting.close()
-        for participant in self.participants:
-            if participant is not None:
-                (<Participant>participant).leave()
+        try:
+            if self.waiting is not None:
+                self.waiting.close()
+        finally:
+            for participant in self.participants:
+                if participant is not None:
+                    (<Participant>participant).leave()
         self.tables = {}
         self.last_group = None
         self.last_table = None

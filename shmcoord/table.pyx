@@ -184,7 +184,7 @@ cdef class Table:
 
         `unreachable` maps backends to the time (ns) until which they are passed over.
         """
-        cdef uint32_t i, in_row, eligible = 0, good = 0, ejected = 0
+        cdef uint32_t i, in_row, eligible = 0, good = 0, ejected = 0, living = 0
         cdef uint64_t words[16]
         cdef uint64_t started_ns
         cdef double score, recent = 0.0, recent_failed = 0.0, others, slow_s
@@ -204,6 +204,7 @@ cdef class Table:
                 &backend.m.record[backend.info.slot], words, 16
             ):
                 continue
+            living += 1
             watch.note(words[SHMC_R_SERVED], words[SHMC_R_FAILED], now_ns)
             recent += watch.recent
             recent_failed += watch.recent_failed
@@ -220,10 +221,13 @@ cdef class Table:
                         self.judge_at_ns, now_ns + backend.info.slow_start_ns // 20
                     )
         for i in range(self.candidates.count):
+            ejected += (<Watch>self.watches[<int>i]).ejected_until_ns > now_ns
+        for i in range(self.candidates.count):
             c = &self.candidates.items[i]
             backend = <Backend>self.backends[<int>i]
             watch = <Watch>self.watches[<int>i]
-            in_row = load_relaxed_u32(&c.hot.failures)
+            # What others wrote there is bounded, or the sum below would wrap.
+            in_row = min(load_relaxed_u32(&c.hot.failures), <uint32_t>0x7FFFFFFF)
             if self.rules.eject_after:
                 if watch.ejected_until_ns and watch.ejected_until_ns <= now_ns:
                     watch.ejected_until_ns = 0
@@ -231,9 +235,9 @@ cdef class Table:
                 if watch.ejected_until_ns == 0:
                     others = recent - watch.recent
                     others = (recent_failed - watch.recent_failed) / others if others >= 1 else 0.0
-                    # At most half of the group, and never one who is alone.
+                    # At most half of those that live, and never one who is alone.
                     if (
-                        2 * (ejected + 1) <= self.candidates.count
+                        2 * (ejected + 1) <= living
                         and watch.fails(in_row, others, self.rules)
                     ):
                         watch.ejected_s = min(
@@ -242,8 +246,8 @@ cdef class Table:
                         watch.times += 1
                         watch.recent = watch.recent_failed = 0.0
                         watch.ejected_until_ns = now_ns + <uint64_t>(watch.ejected_s * 1e9)
+                        ejected += 1
                 if watch.ejected_until_ns:
-                    ejected += 1
                     self.why[i] = PASSED_EJECTED
                     self.judge_at_ns = min(self.judge_at_ns, watch.ejected_until_ns)
                 self.marks[i] = max(in_row, watch.forgiven) + self.rules.eject_after

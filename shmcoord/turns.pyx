@@ -20,6 +20,12 @@ from shmcoord.status cimport word_waiting
 from shmcoord.doorbell import Doorbell
 
 
+cdef inline bint _is_gone(participant) noexcept:
+    """Whether it has left, or is the parent's and its memory is not here (a fork)."""
+    cdef Participant owner = <Participant>participant
+    return owner.left or owner.entry.m.state == MAPPING_FORKED
+
+
 cdef class Turns:
     """One router's place among those who wait, in all of its segments.
 
@@ -43,7 +49,7 @@ cdef class Turns:
         """Count this router among those who wait, in every segment where it takes part."""
         counted = []
         for participant in self.participants:
-            if participant is None or (<Participant>participant).left:
+            if participant is None or _is_gone(participant):
                 continue
             # For the reaper, should we die here. Between the two stores lies a death that leaves
             # one count too many, which costs each release a look at the slots and no more.
@@ -61,11 +67,10 @@ cdef class Turns:
         cdef Participant owner
         for participant in self.counted:
             owner = <Participant>participant
-            if owner.entry.m.state == MAPPING_FORKED:
+            if _is_gone(owner):  # who left was counted out then
                 continue
-            if not owner.left:
-                self._publish(owner, (), 0)
-                store_release_u32(&self._hot(owner).waiting_now, 0)
+            self._publish(owner, (), 0)
+            store_release_u32(&self._hot(owner).waiting_now, 0)
             count_waiter_out(owner.entry.m)
         self.counted = []
 
@@ -91,14 +96,14 @@ cdef class Turns:
         for i, participant in enumerate(self.participants):
             if participant in self.counted:
                 owner = <Participant>participant
-                if not owner.left:
+                if not _is_gone(owner):
                     store_relaxed_u32(&self._hot(owner).bell, by_loop and owner.has_bell)
                     self._publish(owner, [(group, at[i]) for group, at in heads], waiting)
 
     def _has_moved(self):
         return self.counted != [
             participant for participant in self.participants
-            if participant is not None and not (<Participant>participant).left
+            if participant is not None and not _is_gone(participant)
         ]
 
     cdef int _publish(self, Participant owner, heads, uint32_t waiting) except -1:
@@ -124,6 +129,9 @@ cdef class Turns:
             store_relaxed_u64(
                 &hot.load, (word & ~(<uint64_t>SHMC_FIELD_MAX << 20)) | <uint64_t>waiting << 20
             )
+        # Before every look at the cells, which begins with a relaxed load: a compare-and-swap made
+        # of exclusive loads and stores (aarch64 without LSE) would let that load pass its store.
+        fence_seqcst()
         step(b"wait.turn")
         return 0
 
@@ -133,13 +141,14 @@ cdef class Turns:
         cdef shmc_hot* hot
         cdef uint32_t wake
         for participant in self.members:  # also after `end`: a telling may be under way
-            if (<Participant>participant).left:
+            if _is_gone(participant):
                 continue
             hot = self._hot(participant)
             wake = load_relaxed_u32(&hot.wake)
             if wake & 1:
                 told |= cas_seqcst_u32(&hot.wake, wake, wake + 1)
                 step(b"wait.consumed")
+        fence_seqcst()  # as in `_publish`
         return bool(told)
 
     def doorbell(self):
@@ -148,13 +157,17 @@ cdef class Turns:
 
     def pass_on(self, uint64_t group):
         """Tell the next one: a cell may be free that none of our callers needs."""
+        cdef mapping_t* m
         for segment in self.segments:
-            if load_seqcst_u32(&(<Mapping>segment).m.sync.waiters) != 0:
-                wake_longest((<Mapping>segment).m, group)
+            m = (<Mapping>segment).m
+            if m.state != MAPPING_FORKED and load_seqcst_u32(&m.sync.waiters) != 0:
+                wake_longest(m, group)
 
     def wake(self):
         """End a `sleep` of this router, begun or about to begin."""
         for participant in self.counted:
+            if _is_gone(participant):
+                continue
             tell((<Participant>participant).entry.m, (<Participant>participant).slot)
             return
 
@@ -166,6 +179,8 @@ cdef class Turns:
         cdef uint64_t timeout_ns = <uint64_t>(timeout_s * 1e9)
         held = list(self.counted)  # keeps the memory mapped while we sleep
         for participant in held:
+            if _is_gone(participant):
+                continue
             words[i] = &self._hot(participant).wake
             seen[i] = load_seqcst_u32(words[i])
             if seen[i] & 1:
@@ -184,7 +199,7 @@ cdef class Turns:
         cdef uint32_t slot
         for segment in self.segments:
             m = (<Mapping>segment).m
-            if load_seqcst_u32(&m.sync.waiters) == 0:
+            if m.state == MAPPING_FORKED or load_seqcst_u32(&m.sync.waiters) == 0:
                 continue
             for slot in range(m.slots):
                 if oldest_ticket(m, slot, group, False) != 0:
@@ -198,6 +213,8 @@ cdef class Turns:
         cdef uint64_t total = 0
         for i, segment in enumerate(self.segments):
             m = (<Mapping>segment).m
+            if m.state == MAPPING_FORKED:
+                continue
             own = self.participants[i]
             for slot in range(m.slots):
                 if own is not None and (<Participant>own).slot == slot:

@@ -5,6 +5,7 @@ The queue that they stand in is in `waiting.py`.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoopSide", "LoopWaiter", "Served", "ThreadWaiter", "Waiter", "WakeUps"]
 
+_log = logging.getLogger("shmcoord.waiting")
 T = TypeVar("T")
 
 
@@ -118,11 +120,13 @@ class LoopWaiter(Waiter[T]):
         self._undo = undo
 
     def is_gone(self) -> bool:
-        """Whether `future` was cancelled."""
-        return self.future.cancelled()
+        """Whether `future` was cancelled, or its loop was closed."""
+        return self.future.cancelled() or self.side.loop.is_closed()
 
     def settle(self, result: T | None, error: BaseException | None) -> bool:
         """Have the loop set the result of `future`; what nobody takes there is undone there."""
+        if self.side.loop.is_closed():
+            return False
         if threading.get_ident() == self.side.thread_id:
             self._set(result, error)
             return True
@@ -160,6 +164,9 @@ class Served(Protocol):
     def serve_told(self) -> None:
         """Serve the queues."""
 
+    def serve_if_told(self) -> None:
+        """Serve the queues if we were told of a free cell."""
+
     def republish(self) -> None:
         """Show the turns anew."""
 
@@ -187,17 +194,25 @@ class LoopSide:
     def arm(self, deadline: float) -> None:
         """Have the queue served when the bell rings, and looked at when the deadline comes."""
         if self._version != self._queue.wake_ups.version:
-            self._unhook()
-            self._version = self._queue.wake_ups.version
-            self._bell = self._queue.wake_ups.doorbell()
-            self._fds = list(self._bell.fds)
-            for fd in self._fds:
-                self.loop.add_reader(fd, self._rung, fd)
-            self._queue.republish()
+            self._hook()
         now = time.monotonic()
         due = min(deadline, now + self._queue.net_s)
         if due < self._due:
             self._set_timer(due, due - now)
+
+    def _hook(self) -> None:
+        self._unhook()
+        version = self._queue.wake_ups.version
+        try:
+            bell = self._queue.wake_ups.doorbell()
+        except OSError as error:  # no descriptor, or no thread, is left
+            _log.warning("no doorbell (%s): looking every %g s", error, self._queue.net_s)
+            return
+        self._bell, self._version = bell, version
+        self._fds = list(bell.fds)
+        for fd in self._fds:
+            self.loop.add_reader(fd, self._rung, fd)
+        self._queue.republish()
 
     def close(self) -> None:
         """Let go of the loop."""
@@ -216,7 +231,7 @@ class LoopSide:
             os.read(fd, 8)
         except (BlockingIOError, OSError):
             return
-        self._queue.serve_told()
+        self._queue.serve_if_told()
 
     def _look(self) -> None:
         """The net under lost wake-ups, and the time-outs."""
@@ -225,8 +240,13 @@ class LoopSide:
             self._queue.forget(self)
             return
         self._due = float("inf")
-        if self.waiting:
-            self._queue.serve_told()
+        try:
+            if self.waiting:
+                self._queue.serve_told()
+        finally:
+            self._look_again()
+
+    def _look_again(self) -> None:
         if self.waiting:
             self.arm(self._queue.next_deadline())
         else:

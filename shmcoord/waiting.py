@@ -63,7 +63,7 @@ class WaitQueue(Generic[T]):
         self._undo = undo
         self._pass_on = pass_on
         self._most = most
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come here while we hold it
         self._arrived = threading.Condition(self._lock)
         self._queues: dict[str, collections.deque[Waiter[T]]] = {}
         self._deadlines: list[tuple[float, int, Waiter[T]]] = []
@@ -94,6 +94,14 @@ class WaitQueue(Generic[T]):
         with self._lock:
             return sum(not waiter.is_gone() for waiter in queue)
 
+    def has_ahead(self, group: str) -> bool:
+        """Whether a new caller goes behind somebody."""
+        queue = self._queues.get(group)
+        if not queue:
+            return False
+        with self._lock:
+            return any(not waiter.is_gone() for waiter in queue)
+
     def put(
         self, group: str, group_hash: int, attempt: Callable[[], T | None], timeout_s: float
     ) -> ThreadWaiter[T] | None:
@@ -115,8 +123,9 @@ class WaitQueue(Generic[T]):
         loop = asyncio.get_running_loop()
         side = self._sides.get(loop)
         if side is None:
-            for other in [other for other in self._sides if other.is_closed()]:
-                self.forget(self._sides[other])
+            for other in list(self._sides.values()):
+                if other.loop.is_closed():
+                    self.forget(other)
             side = self._sides[loop] = LoopSide(self, loop)
         waiter = LoopWaiter[T](
             side,
@@ -126,7 +135,11 @@ class WaitQueue(Generic[T]):
         if not self._enqueue(waiter):
             return None
         if waiter.queued:
-            side.arm(waiter.deadline)
+            try:
+                side.arm(waiter.deadline)
+            except BaseException:
+                self.leave(waiter)
+                raise
         return waiter
 
     def leave(self, waiter: Waiter[T]) -> None:
@@ -155,8 +168,8 @@ class WaitQueue(Generic[T]):
 
     def forget(self, side: LoopSide) -> None:
         """Let go of a loop on which nobody waits; in its thread, or once it is closed."""
-        self._sides.pop(side.loop, None)
-        side.close()
+        if self._sides.pop(side.loop, None) is side:
+            side.close()
 
     def serve_told(self) -> None:
         """Serve the queues, on a loop: it was told of a free cell, or looks by itself."""
@@ -164,6 +177,13 @@ class WaitQueue(Generic[T]):
         self._serve(told)
         if told and not self._count:
             self._pass_on(None)
+
+    def serve_if_told(self) -> None:
+        """`serve_told`, unless somebody rang for nothing."""
+        if self.wake_ups.consume():
+            self._serve(True)
+            if not self._count:
+                self._pass_on(None)
 
     def republish(self) -> None:
         """A doorbell has come: show it."""
@@ -245,6 +265,9 @@ class WaitQueue(Generic[T]):
         self._count -= 1
         if not self._count:
             self._deadlines.clear()
+        elif len(self._deadlines) > 2 * self._count + 64:  # of callers served long before
+            self._deadlines = [entry for entry in self._deadlines if entry[2].queued]
+            heapq.heapify(self._deadlines)
 
     def _unqueue(self, waiter: Waiter[T]) -> None:
         waiter.queued = False
@@ -292,7 +315,10 @@ class WaitQueue(Generic[T]):
                         if not self._count:
                             self._thread = None
                             return
-                self._serve(self.wake_ups.consume())
+                told = self.wake_ups.consume()
+                self._serve(told)
+                if told and not self._count:
+                    self._pass_on(None)
                 with self._lock:
                     if not self._count:
                         continue
@@ -341,8 +367,8 @@ class WaitQueue(Generic[T]):
                     return
                 waiter = self._deadlines[0][2]
             if self._remove(waiter):
-                self._has_left(waiter.group)
                 waiter.settle(None, None)
+                self._has_left(waiter.group)
 
     def _try(self, waiter: Waiter[T]) -> bool:
         """One attempt; whether the waiter is done with (served, failed or gone)."""

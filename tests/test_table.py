@@ -14,7 +14,7 @@ import pytest
 from helpers import wait_until
 from policy_helpers import chi_square, chi_square_limit
 
-from shmcoord import NoBackend, Router, Segment
+from shmcoord import NoBackend, Router, Saturated, Segment
 
 JUDGED_S = 0.03  # more than a quarter of the interval and a tick of the coarse clock
 
@@ -485,3 +485,33 @@ def test_reasons_of_the_healthy(segment, group):
             assert reasons == {"A": "excluded", "B": "draining", "C": ""}
         with pytest.raises(NoBackend, match=r"A: excluded.*B: draining.*C: excluded"):
             router.acquire("GREEN", exclude=(segment.backend("A"), segment.backend("C")))
+
+
+def test_at_most_half_is_ejected_in_whatever_order_they_fail(segment):
+    """The ejected of before count, also those that come later in the table."""
+    names = "ABCDE"
+    nodes = {n: segment.join(n, group="G", endpoint=n, interval_s=0.02) for n in names}
+    with Router(segment, eject_s=60) as router:
+        for name in reversed(names[1:]):
+            for _ in range(6):
+                nodes[name].end(nodes[name].begin(), failed=True)
+            time.sleep(0.03)
+            router.explain("G")
+        ejected = [c.node for c in router.explain("G").candidates if "ejected" in c.passed_over]
+        assert sorted(ejected) == ["D", "E"]
+
+
+def test_a_hedge_does_not_go_to_an_ejected_node(segment):
+    """It is idle, which is no wonder."""
+    nodes = {n: segment.join(n, group="G", endpoint=n, interval_s=0.02) for n in "ABC"}
+    with Router(segment, eject_s=60) as router:
+        for _ in range(6):
+            nodes["C"].end(nodes["C"].begin(), failed=True)
+        time.sleep(0.03)
+        held = [nodes[n].begin() for n in "AB"]
+        with pytest.raises(Saturated, match="is idle"):
+            router.acquire("G", idle_only=True)
+        held.pop().end()
+        with router.acquire("G", idle_only=True) as lease:
+            assert lease.node == "B"
+        held.pop().end()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import resource
 import threading
 import time
 
@@ -376,3 +379,94 @@ async def test_where_a_thread_waits_too_the_futex_is_used(name, segment, node, p
         (await asyncio.wait_for(task, 1)).release()
         await asyncio.to_thread(waiter.join, 1)
         assert waiter.served_at is not None
+
+
+# --- what went wrong once
+
+
+def test_a_forked_child_leaves_the_parents_queue_alone(name):
+    """It cancels what was waiting at the fork: the memory is not there, the lock may be held."""
+    from helpers import run
+
+    said = run(
+        """
+import asyncio, os
+segment = Segment.open(name)
+node = segment.join("B", group="GREEN", endpoint="e", capacity=1, interval_s=3600)
+router = Router(name)
+
+async def main():
+    lease = router.acquire("GREEN")
+    tasks = [asyncio.create_task(router.acquire_async("GREEN", timeout_s=9)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            tasks[0].get_coro().throw(asyncio.CancelledError())
+        except asyncio.CancelledError:
+            os._exit(0)
+        os._exit(3)
+    say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    lease.release()
+    for task in tasks:
+        (await asyncio.wait_for(task, 2)).release()
+
+asyncio.run(main())
+router.close()
+say("fine")
+""",
+        name,
+    )
+    assert said.split() == ["0", "fine"]
+
+
+@pytest.mark.parametrize("what", ["no descriptor", "no doorbell"])
+async def test_a_loop_without_a_doorbell_still_waits(name, segment, node, monkeypatch, what):
+    with Router(segment) as router:
+        lease = router.acquire("GREEN")
+        if what == "no doorbell":
+            monkeypatch.setattr("shmcoord.waiters.LoopSide._hook", lambda self: None)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if what == "no descriptor":
+            lowest = os.open("/dev/null", os.O_RDONLY)
+            os.close(lowest)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limit[1]))
+        try:
+            task = asyncio.create_task(router.acquire_async("GREEN", timeout_s=5))
+            await asyncio.sleep(0.02)
+            lease.release()
+            (await asyncio.wait_for(task, 1)).release()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        router.acquire("GREEN").release()
+
+
+def test_a_loop_that_was_closed_leaves_nobody_in_the_queue(name, segment, node):
+    router = Router(segment)
+    lease = router.acquire("GREEN")
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(router.acquire_async("GREEN", timeout_s=60))
+    loop.run_until_complete(asyncio.sleep(0.02))
+    loop.close()
+    lease.release()
+    router.acquire("GREEN").release()  # nobody is ahead
+    router.close()
+    assert waiting(name) == 0
+    with contextlib.suppress(RuntimeError):
+        task.get_coro().close()
+
+
+def test_a_caller_that_waits_at_the_exit_is_counted_out(name):
+    from helpers import run
+
+    with_segment = """
+segment = Segment.open(name)
+node = segment.join("B", group="GREEN", endpoint="e", capacity=1, interval_s=3600)
+router = Router(name)
+lease = router.acquire("GREEN")
+threading.Thread(target=router.acquire, args=("GREEN", 30), daemon=True).start()
+time.sleep(0.1)
+say("leaving")
+"""
+    assert run(with_segment, name).strip() == "leaving"
+    assert waiting(name) == 0
