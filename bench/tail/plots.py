@@ -274,8 +274,8 @@ def save(results: Results, folder: Path, footer: str) -> list[str]:
     names = []
     for name, drawn in figures(results):
         drawn.text(0.005, 0.005, footer, fontsize=6.5, color="#666666")
-        drawn.savefig(folder / f"tail-{name}.png", dpi=160)
-        drawn.savefig(folder / f"tail-{name}.svg", metadata={"Date": None})
+        drawn.savefig(folder / f"tail-{name}.png", dpi=160, bbox_inches="tight")
+        drawn.savefig(folder / f"tail-{name}.svg", metadata={"Date": None}, bbox_inches="tight")
         plt.close(drawn)
         names.append(name)
     return names
