@@ -53,7 +53,7 @@ def settled(name):
 def test_processes_are_served_in_the_order_of_their_coming(roomy, held, spawn, count, report):
     name, rounds = roomy.name, count(6, 100)
     children = [make_waiter(spawn, name) for _ in range(5)]
-    inversions = 0
+    inversions = disturbed = 0
     for round_ in range(rounds):
         order = children[round_ % 5 :] + children[: round_ % 5]
         lease = held()
@@ -66,11 +66,13 @@ def test_processes_are_served_in_the_order_of_their_coming(roomy, held, spawn, c
             served.append(order.index(child))
             child.say()  # releases; the next one's turn
         inversions += sum(a > b for a, b in itertools.combinations(served, 2))
+        disturbed += served != sorted(served)
     settled(name)
     report("order of 5 processes that wait", served=5 * rounds, inversions=inversions)
     # Nearly: who looks by himself (the net, every 50 ms) just between a telling and the look of the
-    # one who was told is faster than he. Some 0.2 ms of 50, for four who wait behind him.
-    assert inversions <= max(1, 5 * rounds // 50)
+    # one who was told is faster than he. Some 0.2 ms of 50, for four who wait behind him, and one
+    # who overtakes all four makes four inversions: rounds are what is counted.
+    assert disturbed <= max(1, rounds // 20)
 
 
 CHURN = """
