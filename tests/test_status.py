@@ -111,8 +111,9 @@ def test_memory_and_cpu_come_with_the_beat(segment, node):
         return segment.status("B").memory_bytes > before + 30_000_000
 
     wait_until(grown, 5)
+    with_it = segment.status("B").memory_bytes
     ballast = b""
-    wait_until(lambda: segment.status("B").memory_bytes < before + 30_000_000, 5)
+    wait_until(lambda: segment.status("B").memory_bytes < with_it - 30_000_000, 5)
 
     def busy():
         end = time.monotonic() + 0.01
