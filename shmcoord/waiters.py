@@ -229,7 +229,7 @@ class LoopSide:
     def _rung(self, fd: int) -> None:
         try:
             os.read(fd, 8)
-        except (BlockingIOError, OSError):
+        except OSError:  # read before, or closed
             return
         self._queue.serve_if_told()
 

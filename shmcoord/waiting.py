@@ -173,17 +173,12 @@ class WaitQueue(Generic[T]):
 
     def serve_told(self) -> None:
         """Serve the queues, on a loop: it was told of a free cell, or looks by itself."""
-        told = self.wake_ups.consume()
-        self._serve(told)
-        if told and not self._count:
-            self._pass_on(None)
+        self._serve_all(self.wake_ups.consume())
 
     def serve_if_told(self) -> None:
         """`serve_told`, unless somebody rang for nothing."""
         if self.wake_ups.consume():
-            self._serve(True)
-            if not self._count:
-                self._pass_on(None)
+            self._serve_all(True)
 
     def republish(self) -> None:
         """A doorbell has come: show it."""
@@ -315,10 +310,7 @@ class WaitQueue(Generic[T]):
                         if not self._count:
                             self._thread = None
                             return
-                told = self.wake_ups.consume()
-                self._serve(told)
-                if told and not self._count:
-                    self._pass_on(None)
+                self._serve_all(self.wake_ups.consume())
                 with self._lock:
                     if not self._count:
                         continue
@@ -344,6 +336,12 @@ class WaitQueue(Generic[T]):
         while self._deadlines and not self._deadlines[0][2].queued:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else float("inf")
+
+    def _serve_all(self, told: bool) -> None:
+        """Serve the queues; a telling that nobody here needs any more goes to the next router."""
+        self._serve(told)
+        if told and not self._count:
+            self._pass_on(None)
 
     def _serve(self, told: bool) -> None:
         """Let the callers of each group try in order, until one fails."""
