@@ -172,6 +172,37 @@ async def test_who_leaves_unserved_passes_on_what_he_was_told(segment, node, how
             assert time.monotonic() - began < 1
 
 
+async def test_who_leaves_passes_on_also_where_others_of_his_router_wait(
+    segment, node, monkeypatch
+):
+    """They wait for another group, so his router goes on waiting, and would keep the telling."""
+    monkeypatch.setattr(shmcoord.waiting, "LOST_WAKEUP_S", 3.0)
+    with (
+        segment.join("P", group="PINK", endpoint="e", capacity=1, interval_s=3600),
+        Router(segment) as holder,
+        Router(segment) as first,
+        Router(segment) as second,
+        holder.acquire("PINK"),
+    ):
+        others = asyncio.create_task(first.acquire_async("PINK", 30))
+        for _ in range(10):
+            lease = holder.acquire("GREEN")
+            gone = asyncio.create_task(first.acquire_async("GREEN", 10))
+            await asyncio.sleep(0.005)
+            stays = asyncio.create_task(second.acquire_async("GREEN", 10))
+            await asyncio.sleep(0.005)
+            began = time.monotonic()
+            lease.release()
+            gone.cancel()
+            for result in await asyncio.gather(gone, return_exceptions=True):
+                if not isinstance(result, BaseException):
+                    result.release()
+            (await stays).release()
+            assert time.monotonic() - began < 1
+        others.cancel()
+        await asyncio.gather(others, return_exceptions=True)
+
+
 # --- how many may wait
 
 
