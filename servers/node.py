@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -72,16 +71,6 @@ class NodeError(Exception):
     """The node cannot run; the message says why."""
 
 
-class Probes(Protocol):
-    """What the node needs of gRPC's health service."""
-
-    async def set(self, service: str, status: object) -> None:
-        """Says how a service is; "" means the whole process."""
-
-    async def enter_graceful_shutdown(self) -> None:
-        """Says NOT_SERVING for all, for good."""
-
-
 class _Stop:
     """Who wants the node to end, and how often they said so."""
 
@@ -107,7 +96,7 @@ async def run(cluster: Cluster, name: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.ask)
     service = NodeService(cluster, name, stop.ask)
-    probes: Probes = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    probes = health.aio.HealthServicer()
     async with contextlib.AsyncExitStack() as stack:
         # The port comes first: whoever has it already is then not disturbed by anything else.
         server = _bound_server(cluster, name)
@@ -232,7 +221,7 @@ async def _add_services(
     server: grpc.aio.Server,
     service: NodeService,
     gateway: GatewayService | None,
-    probes: Probes,
+    probes: health.aio.HealthServicer,
 ) -> list[str]:
     """Registers everything; returns the names whose health is told, "" meaning the process."""
     services = ["", NODE_SERVICE]

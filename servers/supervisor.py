@@ -139,7 +139,7 @@ class Supervisor:
             serving = health_pb2.HealthCheckResponse.SERVING
             while True:
                 with contextlib.suppress(grpc.aio.AioRpcError):
-                    answer = await stub.Check(
+                    answer = await stub.Check(  # type: ignore[attr-defined]
                         health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60.0
                     )
                     if answer.status == serving and self._has_joined(name):

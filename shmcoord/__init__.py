@@ -41,6 +41,8 @@ from shmcoord.errors import (
 
 TYPE_CHECKING = False  # as of typing, which costs a third of a MiB to import
 if TYPE_CHECKING:
+    from shmcoord import grpc as grpc
+    from shmcoord import http as http
     from shmcoord import transport as transport
     from shmcoord.decision import Candidate, Decision
     from shmcoord.dispatch import AsyncDispatcher, Dispatcher, NoneReachable
@@ -90,6 +92,8 @@ _LAZY = {
     "Candidate": "shmcoord.decision",
     "Decision": "shmcoord.decision",
     "POLICIES": "shmcoord.policy",
+    "grpc": "shmcoord.grpc",
+    "http": "shmcoord.http",
     "transport": "shmcoord.transport",
 }
 
@@ -103,7 +107,7 @@ if not TYPE_CHECKING:  # or a type checker would believe in every name
         if name not in _LAZY:
             raise AttributeError(f"module 'shmcoord' has no attribute {name!r}")
         module = importlib.import_module(_LAZY[name])
-        return module if name == "transport" else getattr(module, name)
+        return module if _LAZY[name] == f"shmcoord.{name}" else getattr(module, name)
 
 
 def get_include() -> str:

@@ -94,14 +94,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     # sending
     "transport": {"errors"},
     "hedging": {"backend", "errors", "lease"},
+    "course": {"backend", "budget", "errors", "lease", "router", "transport"},
     "dispatch": {
-        *("backend", "budget", "decision", "errors", "hedging", "lease", "router", "transport"),
+        *("backend", "budget", "course", "decision", "errors", "hedging", "lease", "router"),
+        "transport",
     },
     "": {
         *("api", "backend", "decision", "dispatch", "errors", "lease", "node", "policy", "router"),
         *("segment", "status", "transport"),
     },
     # faces
+    "grpc": {
+        *("", "backend", "course", "decision", "errors", "lease", "node", "router", "segment"),
+        *("status", "transport"),
+    },
+    "http": {"", "backend", "course", "errors", "lease", "node", "router", "transport"},
     "cli": {"", "decision", "errors", "policy", "segment", "status"},
     "__main__": {"cli"},
 }
@@ -115,6 +122,8 @@ MAY_IMPORT_OUTSIDE: dict[str, set[str]] = {
     "transport._grpc_common": {"grpc"},
     "transport._grpc_threads": {"grpc"},
     "transport._grpc_asyncio": {"grpc"},
+    "grpc": {"google", "grpc", "opentelemetry"},
+    "http": {"httpx"},
     "cli": {"click", "rich"},
 }
 

@@ -1,0 +1,1 @@
+"""Plug-ins for HTTP: an ASGI middleware publishes load, an httpx transport routes by it."""
