@@ -99,16 +99,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("backend", "budget", "course", "decision", "errors", "hedging", "lease", "router"),
         "transport",
     },
-    "": {
-        *("api", "backend", "decision", "dispatch", "errors", "lease", "node", "policy", "router"),
-        *("segment", "status", "transport"),
-    },
-    # faces
+    # faces for what other libraries send
     "grpc": {
-        *("", "backend", "course", "decision", "errors", "lease", "node", "router", "segment"),
+        *("api", "backend", "course", "decision", "errors", "lease", "node", "router", "segment"),
         *("status", "transport"),
     },
-    "http": {"", "backend", "course", "errors", "lease", "node", "router", "transport"},
+    "http": {
+        *("api", "backend", "course", "decision", "errors", "lease", "node", "router", "segment"),
+        *("status", "transport"),
+    },
+    "": {
+        *("api", "backend", "decision", "dispatch", "errors", "lease", "node", "policy", "router"),
+        *("grpc", "http", "segment", "status", "transport"),
+    },
+    # faces
     "cli": {"", "decision", "errors", "policy", "segment", "status"},
     "__main__": {"cli"},
 }
