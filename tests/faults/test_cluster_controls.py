@@ -28,7 +28,7 @@ from servers.merging import merged
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from servers.table import to_table
-from shmcoord import dispatch
+from shmcoord import course, dispatch
 from shmcoord.transport import ConnectionLost
 
 OK = grpc.StatusCode.OK
@@ -269,7 +269,7 @@ async def test_sending_again_what_was_adopted_is_found(
             for i in range(3)
         }
         if again:
-            monkeypatch.setattr(dispatch._Course, "leave", careless_leave)
+            monkeypatch.setattr(course.Course, "leave", careless_leave)
         transport = Dying(nodes)
         with shmcoord.Router(segment) as router:
             dispatcher = dispatch.AsyncDispatcher(router, transport, adopts=True)
@@ -282,9 +282,9 @@ async def test_sending_again_what_was_adopted_is_found(
     assert most == (3 if again else 1)
 
 
-def careless_leave(course: dispatch._Course, lease: shmcoord.Lease, error: BaseException) -> bool:
+def careless_leave(taken: course.Course, lease: shmcoord.Lease, error: BaseException) -> bool:
     lease.release()
     if isinstance(error, ConnectionLost):
-        course.exclude = (*course.exclude, lease.backend)
+        taken.exclude = (*taken.exclude, lease.backend)
         return True
     return False
