@@ -661,7 +661,7 @@ cdef class Router:
         cdef uint32_t i
         cdef uint64_t word
         cdef pick_t pick
-        if group is None:
+        if group is None or self.is_closed:  # closed meanwhile: none of our callers needs it
             self.turns.pass_on(0)
             return
         table = self.table_of(group)
