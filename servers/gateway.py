@@ -1,14 +1,15 @@
 """The leader's service: a query is split by team, each part goes to the team's least-loaded node.
 
 The parts are read at once and forwarded as they come. A client that cancels or disappears ends
-the parts on every node, and with them the leases that they hold.
+the parts on every node, and with them the leases that they hold. How a part finds its node is no
+matter of the gateway: it calls a stub, whose channel routes by load.
 """
 
 import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
 import grpc
@@ -21,7 +22,6 @@ from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from servers.sending import Refusal, Writer, absence_cancels, in_time, time_limit_s
 from servers.table import Row, Value, head, to_rows, to_tables
-from shmcoord.errors import NoBackend, Saturated, ShmcoordError
 
 log = logging.getLogger("servers.gateway")
 
@@ -33,26 +33,34 @@ _ANSWER_MAX_S = 0.1
 Context = grpc.aio.ServicerContext[pb.QueryRequest, pb.QueryChunk]
 
 
-class PartSource(Protocol):
-    """What the gateway needs of `shmcoord.dispatch.AsyncDispatcher`."""
+class Team(Protocol):
+    """What the gateway needs of a stub for the nodes of a team."""
 
-    def stream(
-        self, group: str, method: str, request: pb.PartRequest, timeout_s: float | None = None
+    @property
+    def Answer(self) -> "AskPart":  # noqa: N802 - as the proto names it
+        """Asks one of the nodes."""
+
+
+class AskPart(Protocol):
+    """The method of such a stub, for a part."""
+
+    def __call__(
+        self, request: pb.PartRequest, /, *, timeout: float | None = None
     ) -> AsyncIterator[pb.PartChunk]:
-        """The responses of one node of the group."""
+        """The responses of one node; `timeout` in seconds."""
 
 
 class GatewayService(pb_grpc.GatewayServicer):
     """Answers clients with what the nodes of the teams answer.
 
     Args:
-        cluster: names the teams, and the time-out of queries that bring none.
-        parts: sends a part to a node of a team.
+        cluster: names the time-out of queries that bring none.
+        teams: a stub for each team of the cluster.
     """
 
-    def __init__(self, cluster: Cluster, parts: PartSource) -> None:
+    def __init__(self, cluster: Cluster, teams: Mapping[str, Team]) -> None:
         self._cluster = cluster
-        self._parts = parts
+        self._teams = teams
         self._running: set[asyncio.Future[None]] = set()
         self.calls = Calls()
         self.draining = False
@@ -96,9 +104,7 @@ class GatewayService(pb_grpc.GatewayServicer):
         answer = _Answer(self._cluster, request, teams)
         part = pb.PartRequest(words=request.words, limit=request.limit, aggregate=request.aggregate)
         timeout_s = self._timeout_s(context)
-        sources = {
-            team: self._parts.stream(team, "Answer", part, timeout_s=timeout_s) for team in teams
-        }
+        sources = {team: self._teams[team].Answer(part, timeout=timeout_s) for team in teams}
         try:
             async with merged(sources) as chunks:
                 async for team, chunk in chunks:
@@ -218,18 +224,10 @@ class Groups:
 
 def _as_status(error: BaseException | None) -> tuple[grpc.StatusCode, str]:
     """The gRPC status that tells a client what went wrong with a part."""
-    if isinstance(error, Saturated):
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
-    if isinstance(error, NoBackend):
-        return grpc.StatusCode.UNAVAILABLE, str(error)
     if isinstance(error, grpc.aio.AioRpcError):
         # A node that was stopped cancels what it could not finish; the client did not.
         code = error.code()
         if code is grpc.StatusCode.CANCELLED:
             code = grpc.StatusCode.UNAVAILABLE
         return code, error.details() or code.name
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return grpc.StatusCode.DEADLINE_EXCEEDED, str(error) or "the deadline has passed"
-    if isinstance(error, ShmcoordError):
-        return grpc.StatusCode.UNAVAILABLE, str(error)
     return grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import grpc.aio
 
 T = TypeVar("T")
 
@@ -29,7 +31,7 @@ async def merged(
     """Reads all sources at once; gives (key, item) as items come.
 
     At most `ahead` items wait for the reader, so that a slow reader slows the sources down.
-    Whichever way the `async with` is left, every source is closed by then.
+    Whichever way the `async with` is left, every source is closed or cancelled by then.
 
     Raises:
         SourceError: from the iteration, when a source fails.
@@ -44,9 +46,7 @@ async def merged(
         except Exception as problem:  # noqa: BLE001 - handed to the reader
             error = problem
         finally:
-            close = getattr(source, "aclose", None)
-            if close is not None:
-                await close()
+            await _close(source)
         await queue.put(_End(key, error))
 
     async def items() -> AsyncGenerator[tuple[str, T], None]:
@@ -67,3 +67,11 @@ async def merged(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _close(source: AsyncIterator[Any]) -> None:
+    """Ends a source that may not have ended: a generator, or a call of grpc.aio."""
+    if isinstance(source, AsyncGenerator):
+        await source.aclose()
+    elif isinstance(source, grpc.aio.Call):
+        source.cancel()

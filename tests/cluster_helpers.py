@@ -12,9 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import grpc
 import grpc.aio
@@ -285,3 +285,19 @@ async def held_query(
         await chunks.__anext__()
         yield call, chunks
         call.cancel()
+
+
+class Teams(dict[str, SimpleNamespace]):
+    """Stubs for GREEN and PINK in the place of real ones: their `Answer` is a generator of chunks.
+
+    Args:
+        answer: called with the team, the request and the time-out in seconds.
+    """
+
+    def __init__(
+        self, answer: Callable[[str, pb.PartRequest, float | None], AsyncIterator[pb.PartChunk]]
+    ) -> None:
+        for team in ("GREEN", "PINK"):
+            self[team] = SimpleNamespace(
+                Answer=lambda request, *, timeout=None, team=team: answer(team, request, timeout)
+            )

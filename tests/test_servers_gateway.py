@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 import pytest
+from cluster_helpers import Teams
 
 from servers import config
 from servers.gateway import GatewayService
@@ -13,7 +14,6 @@ from servers.merging import SourceError, merged
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from servers.table import to_rows, to_table
-from shmcoord.errors import NoBackend, Saturated, ShmcoordError
 
 NODES = {"GREEN": "B", "PINK": "D"}
 
@@ -28,14 +28,13 @@ class FakeParts:
         self.closed: list[str] = []
         self.begun = asyncio.Event()
 
-    async def stream(
-        self, group: str, method: str, request: pb.PartRequest, timeout_s: float | None = None
+    async def answer(
+        self, team: str, request: pb.PartRequest, timeout_s: float | None
     ) -> AsyncIterator[pb.PartChunk]:
-        assert method == "Answer"
-        self.asked[group] = request
+        self.asked[team] = request
         self.timeouts.append(timeout_s)
         self.begun.set()
-        answer = self.answers[group]
+        answer = self.answers[team]
         try:
             if isinstance(answer, Exception):
                 raise answer
@@ -45,7 +44,7 @@ class FakeParts:
             for batch in answer:  # type: ignore[attr-defined]
                 rows += len(batch)
                 yield pb.PartChunk(
-                    node=NODES[group],
+                    node=NODES[team],
                     table=to_table(("word", "n"), ("VARCHAR", "BIGINT"), batch)
                     if not request.aggregate
                     else to_table(
@@ -55,11 +54,11 @@ class FakeParts:
                     ),
                 )
             yield pb.PartChunk(
-                node=NODES[group],
-                summary=pb.PartSummary(team=group, node=NODES[group], matched=rows, sent=rows),
+                node=NODES[team],
+                summary=pb.PartSummary(team=team, node=NODES[team], matched=rows, sent=rows),
             )
         finally:
-            self.closed.append(group)
+            self.closed.append(team)
 
 
 @pytest.fixture
@@ -69,7 +68,9 @@ async def gateway():
 
     async def serve(parts: FakeParts) -> pb_grpc.GatewayStub:
         server = grpc.aio.server()
-        pb_grpc.add_GatewayServicer_to_server(GatewayService(config.load(), parts), server)
+        pb_grpc.add_GatewayServicer_to_server(
+            GatewayService(config.load(), Teams(parts.answer)), server
+        )
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         servers.append(server)
@@ -151,20 +152,17 @@ async def test_partial_groups_are_added_up(gateway):
     assert summary.sent == 4
 
 
+def ended(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    """How a part ends that a node, or the channel, did not carry out."""
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "because")
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (NoBackend("B: DEAD"), grpc.StatusCode.UNAVAILABLE),
-        (Saturated("all at capacity"), grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (TimeoutError("too late"), grpc.StatusCode.DEADLINE_EXCEEDED),
-        (asyncio.TimeoutError("too late"), grpc.StatusCode.DEADLINE_EXCEEDED),
-        (ShmcoordError("odd"), grpc.StatusCode.UNAVAILABLE),
-        (
-            grpc.aio.AioRpcError(
-                grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), "stopped"
-            ),
-            grpc.StatusCode.UNAVAILABLE,
-        ),
+        (ended(grpc.StatusCode.RESOURCE_EXHAUSTED), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (ended(grpc.StatusCode.DEADLINE_EXCEEDED), grpc.StatusCode.DEADLINE_EXCEEDED),
+        (ended(grpc.StatusCode.CANCELLED), grpc.StatusCode.UNAVAILABLE),
         (RuntimeError("bug"), grpc.StatusCode.INTERNAL),
     ],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from cluster_helpers import until
+from cluster_helpers import Teams, until
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from servers import closing, config
@@ -28,11 +28,11 @@ WATCHERS, ASKING, CONNECTING = 4, 8, 8
 class NoParts:
     """Nodes that have not a row."""
 
-    async def stream(
-        self, group: str, method: str, request: pb.PartRequest, timeout_s: float | None = None
+    async def answer(
+        self, team: str, request: pb.PartRequest, timeout_s: float | None
     ) -> AsyncIterator[pb.PartChunk]:
         await asyncio.sleep(0.001)
-        yield pb.PartChunk(node="B", summary=pb.PartSummary(team=group, node="B"))
+        yield pb.PartChunk(node="B", summary=pb.PartSummary(team=team, node="B"))
 
 
 async def codes_of_one_end(
@@ -45,7 +45,7 @@ async def codes_of_one_end(
         end: ends its server.
         connecting: so many further clients have a new connection for each request.
     """
-    gateway = GatewayService(config.load(), NoParts())
+    gateway = GatewayService(config.load(), Teams(NoParts().answer))
     server = grpc.aio.server()
     pb_grpc.add_GatewayServicer_to_server(gateway, server)
     probes = health.aio.HealthServicer()  # type: ignore[attr-defined]

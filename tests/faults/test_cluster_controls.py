@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from cluster_helpers import NOTHING_AHEAD, Running, until, write_config, write_rows
+from cluster_helpers import NOTHING_AHEAD, Running, Teams, until, write_config, write_rows
 from test_cluster_grpc import ALONE, ends_with, flooded, pinged
 
 import shmcoord
@@ -160,8 +160,8 @@ class Parts:
         self.hang = hang
         self.made = 0
 
-    async def stream(
-        self, group: str, method: str, request: pb.PartRequest, timeout_s: float | None = None
+    async def answer(
+        self, team: str, request: pb.PartRequest, timeout_s: float | None
     ) -> AsyncIterator[pb.PartChunk]:
         table = to_table(("word",), ("VARCHAR",), [("x" * 10_000,)])
         while True:
@@ -179,7 +179,7 @@ async def connected(
     """A gateway in this process, and a stub for it."""
     cluster = config.load()
     changed = cluster.cluster.model_copy(update=settings)
-    service = GatewayService(cluster.model_copy(update={"cluster": changed}), parts)
+    service = GatewayService(cluster.model_copy(update={"cluster": changed}), Teams(parts.answer))
     server = grpc.aio.server()
     pb_grpc.add_GatewayServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -19,6 +19,7 @@ from cluster_helpers import (
     NOTHING_AHEAD,
     ROWS,
     Running,
+    Teams,
     matching,
     query,
     until,
@@ -207,8 +208,8 @@ async def test_clients_that_read_never(
 class EndlessParts:
     """Nodes that send large chunks for ever."""
 
-    async def stream(
-        self, group: str, method: str, request: pb.PartRequest, timeout_s: float | None = None
+    async def answer(
+        self, team: str, request: pb.PartRequest, timeout_s: float | None
     ) -> AsyncIterator[pb.PartChunk]:
         table = to_table(("word",), ("VARCHAR",), [("x" * 300_000,)])
         while True:
@@ -220,7 +221,9 @@ async def test_a_query_that_is_not_read_is_held_without_the_limit(limit_s: float
     """The control: it is the limit that takes it back, and no write ends by itself."""
     cluster = config.load()
     settings = cluster.cluster.model_copy(update={"timeout_s": limit_s})
-    gateway = GatewayService(cluster.model_copy(update={"cluster": settings}), EndlessParts())
+    gateway = GatewayService(
+        cluster.model_copy(update={"cluster": settings}), Teams(EndlessParts().answer)
+    )
     server = grpc.aio.server()
     pb_grpc.add_GatewayServicer_to_server(gateway, server)
     port = server.add_insecure_port("127.0.0.1:0")
