@@ -12,6 +12,7 @@ Everything here runs on one event loop, between two awaits: there are no locks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -35,11 +36,12 @@ class AioLink(Generic[T]):
         calls: How many calls it is lent to.
         adopts: Whether the node at its end is known to adopt leases; set by the user.
         closed: Whether it was closed.
+        was_ready: Whether it was connected when it was last looked at, or before.
     """
 
     __slots__ = (
-        *("adopts", "calls", "channel", "closed", "endpoint", "face"),
-        *("_retired", "_settling", "_was_ready"),
+        *("adopts", "calls", "channel", "closed", "endpoint", "face", "was_ready"),
+        *("_retired", "_settling"),
     )
 
     def __init__(self, endpoint: str, channel: grpc.aio.Channel, face: T) -> None:
@@ -49,8 +51,8 @@ class AioLink(Generic[T]):
         self.calls = 0
         self.adopts = False
         self.closed = False
+        self.was_ready = False
         self._retired = False  # no longer the current one
-        self._was_ready = False
         self._settling: asyncio.Task[None] | None = None
 
     @property
@@ -59,16 +61,16 @@ class AioLink(Generic[T]):
         if self.closed:
             return True
         state = self.channel.get_state()
-        return state in ENDED or (self._was_ready and state is not READY)
+        return state in ENDED or (self.was_ready and state is not READY)
 
-    def is_ready(self) -> bool:
-        """Whether it is connected; if it never was, this makes it try."""
+    def is_ready(self, try_to_connect: bool = True) -> bool:
+        """Whether it is connected; if it never was, this makes it try unless told otherwise."""
         if self.closed:
             return False
         # A channel that was connected and is not now is spent: it shall not connect again.
-        if self.channel.get_state(not self._was_ready) is not READY:
+        if self.channel.get_state(try_to_connect and not self.was_ready) is not READY:
             return False
-        self._was_ready = True
+        self.was_ready = True
         return True
 
     async def connect(self, timeout_s: float) -> bool:
@@ -90,7 +92,7 @@ class AioLink(Generic[T]):
 
     async def _settle(self) -> None:
         while not self.closed:
-            state = self.channel.get_state(not self._was_ready)
+            state = self.channel.get_state(not self.was_ready)
             if state is READY or self.spent:
                 return
             await self.channel.wait_for_state_change(state)
@@ -125,6 +127,7 @@ class AioLinks(Generic[T]):
         self._current: dict[str, AioLink[T]] = {}
         self._open: set[AioLink[T]] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __len__(self) -> int:
         """How many links are open."""
@@ -144,17 +147,21 @@ class AioLinks(Generic[T]):
 
     def take(self, endpoint: str) -> AioLink[T]:
         """Lend the link to an endpoint for one call; it may have to `connect` first."""
-        link = self._current.get(endpoint)
-        if link is not None and link.spent:
-            self._retire(link)
-            link = None
-        if link is None:
-            for other in [other for other in self._current.values() if not other.calls]:
-                if other.spent:  # nodes that left have endpoints that nobody asks for any more
-                    self._retire(other)
-            link = self._make(endpoint)
+        link = self.renew(endpoint)
         link.calls += 1
         return link
+
+    def renew(self, endpoint: str) -> AioLink[T]:
+        """Return the current link to an endpoint, a fresh one if there is none or it is spent."""
+        link = self._current.get(endpoint)
+        if link is not None:
+            if not link.spent:
+                return link
+            self._retire(link)
+        for other in [other for other in self._current.values() if not other.calls]:
+            if other.spent:  # nodes that left have endpoints that nobody asks for any more
+                self._retire(other)
+        return self._make(endpoint)
 
     def give_back(self, link: AioLink[T], *, failed: bool) -> None:
         """Take a link back after a call, and close it if its connection has ended.
@@ -183,6 +190,8 @@ class AioLinks(Generic[T]):
             await asyncio.wait(self._closing)
 
     def _make(self, endpoint: str) -> AioLink[T]:
+        with contextlib.suppress(RuntimeError):
+            self._loop = asyncio.get_running_loop()
         # Found on the module at each use: instrumentation replaces these functions. One that
         # finds the interceptors given as None or as a tuple could not add its own.
         given = list(self._interceptors) or None
@@ -216,7 +225,19 @@ class AioLinks(Generic[T]):
     def _close_soon(self, link: AioLink[T]) -> None:
         if link not in self._open:
             return
-        self._open.discard(link)
-        task = asyncio.ensure_future(link.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if self._loop is None:
+            self._loop = running
+        if running is not None and running is self._loop:
+            self._open.discard(link)
+            task = running.create_task(link.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        elif self._loop is not None and not self._loop.is_closed():
+            # A call was collected as garbage in another thread, or between two runs of the loop.
+            self._loop.call_soon_threadsafe(self._close_soon, link)
+        else:
+            self._open.discard(link)  # the channel closes itself with its last reference
