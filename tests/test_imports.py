@@ -126,6 +126,7 @@ MAY_IMPORT_OUTSIDE: dict[str, set[str]] = {
     "transport._grpc_common": {"grpc"},
     "transport._grpc_threads": {"grpc"},
     "transport._grpc_asyncio": {"grpc"},
+    "transport._grpc_aio_links": {"grpc"},
     "grpc": {"google", "grpc", "opentelemetry"},
     "http": {"httpx"},
     "cli": {"click", "rich"},

@@ -1,0 +1,118 @@
+"""What all calls of one aio channel share: the router, the links, the loop, the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+if TYPE_CHECKING:
+    from shmcoord.course import SendRules
+    from shmcoord.grpc._aio_base import RoutedCall
+    from shmcoord.router import Router
+    from shmcoord.transport._grpc_aio_links import AioLinks
+
+__all__ = ["Routes"]
+
+
+class Routes:
+    """Where the calls of one channel go.
+
+    Attributes:
+        router: Picks and reserves.
+        group: Of which nodes.
+        rules: For the `Course` of each call.
+        links: To the nodes.
+        max_wait_s: How long a call without a deadline waits for capacity, in seconds.
+        connect_timeout_s: How long a call waits for one connection, in seconds.
+        waiting: The calls that have no node at the moment.
+        active: How many calls have not ended.
+    """
+
+    __slots__ = (
+        *("_idle", "_loop", "active", "closed", "connect_timeout_s", "group", "links"),
+        *("max_wait_s", "router", "rules", "waiting"),
+    )
+
+    def __init__(
+        self,
+        router: Router,
+        group: str,
+        rules: SendRules,
+        links: AioLinks[grpc.aio.Channel],
+        max_wait_s: float,
+        connect_timeout_s: float,
+    ) -> None:
+        self.router = router
+        self.group = group
+        self.rules = rules
+        self.links = links
+        self.max_wait_s = max_wait_s
+        self.connect_timeout_s = connect_timeout_s
+        self.closed = False
+        self.waiting: set[RoutedCall] = set()
+        self.active = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle: asyncio.Event | None = None
+
+    def enter(self) -> bool:
+        """Bind the channel to its loop at the first use; whether that loop runs.
+
+        Raises:
+            RuntimeError: It belongs to another loop.
+        """
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            return self._enter_outside()
+        if running is not self._loop:
+            if self._loop is not None:
+                raise RuntimeError(
+                    "the channel belongs to another event loop; make one channel per loop"
+                )
+            self._loop = running
+        return True
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop of the channel, once it was used."""
+        assert self._loop is not None
+        return self._loop
+
+    def _enter_outside(self) -> bool:
+        if self._loop is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._loop = asyncio.get_event_loop_policy().get_event_loop()
+        if self._loop.is_running():  # in another thread
+            raise RuntimeError(
+                "the channel belongs to an event loop that runs in another thread; make one "
+                "channel per loop, or use asyncio.run_coroutine_threadsafe"
+            )
+        return False
+
+    def check_open(self) -> None:
+        """Refuse to work after `close`, in the words of grpcio.
+
+        Raises:
+            grpc.aio.UsageError: The channel was closed.
+        """
+        if self.closed:
+            raise grpc.aio.UsageError("Channel is closed.")
+
+    def has_ended(self) -> None:
+        """Count a call out."""
+        self.active -= 1
+        if not self.active and self._idle is not None:
+            self._idle.set()
+
+    async def idle(self, timeout_s: float) -> None:
+        """Wait at most so many seconds until no call is active."""
+        if self.active:
+            self._idle = asyncio.Event()
+            waiter = asyncio.ensure_future(self._idle.wait())
+            await asyncio.wait((waiter,), timeout=timeout_s)
+            waiter.cancel()
