@@ -84,9 +84,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("_steps", "cells", "update"),
     },
     "decision": {"backend", "status"},
+    "groups": {
+        *("_atomics", "_layout", "_posix", "backend", "decision", "errors", "explain", "liveness"),
+        *("picker", "segment", "status", "table"),
+    },
     "router": {
-        *("_atomics", "_layout", "_posix", "backend", "decision", "errors", "lease", "liveness"),
-        *("budget", "cells", "explain", "picker", "policy", "segment", "status", "table"),
+        *("_atomics", "_layout", "_posix", "backend", "budget", "cells", "decision", "errors"),
+        *("groups", "lease", "liveness", "picker", "policy", "segment", "status", "table"),
         *("trace", "turns", "waiting"),
     },
     "bulk": {"status"},
