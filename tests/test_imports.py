@@ -128,6 +128,7 @@ MAY_IMPORT_OUTSIDE: dict[str, set[str]] = {
     "bulk": {"numpy"},
     "transport.grpc": {"grpc"},
     "transport._grpc_common": {"grpc"},
+    "transport._grpc_links": {"grpc"},
     "transport._grpc_threads": {"grpc"},
     "transport._grpc_asyncio": {"grpc"},
     "transport._grpc_aio_links": {"grpc"},

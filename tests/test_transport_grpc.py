@@ -265,7 +265,7 @@ def test_calls_of_many_threads_share_the_channel(node, transport):
     with futures.ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(send, transport, node.endpoint, f"r{n}") for n in range(50)]
         assert sorted(c.result() for c in calls) == sorted(f"R{n}" for n in range(50))
-    assert len(transport._open) == 1
+    assert transport._links.open_links() == 1
 
 
 def test_a_draining_node_still_answers_what_it_has(node, transport):
@@ -284,7 +284,7 @@ def test_a_draining_node_still_answers_what_it_has(node, transport):
         node.hold.set()
         assert running.result(10) == "HOLD"
         assert stopped.wait(10)
-    assert not transport._open
+    assert transport._links.open_links() == 0
 
 
 def test_a_transport_belongs_to_one_loop(node):

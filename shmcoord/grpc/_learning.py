@@ -1,0 +1,31 @@
+"""Learning from a response whether its node adopts leases: then it names itself in the metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shmcoord.grpc._common import NODE_KEY
+from shmcoord.transport._grpc_links import Link
+
+__all__ = ["learn"]
+
+
+def learn(link: Link, call: Any) -> None:
+    """Look at the metadata of a call that has ended well; after some in vain no more are looked at.
+
+    The link's connection leads to one process, so what one response says holds for all.
+    """
+    trailing = getattr(call, "trailing_metadata", None)
+    for pair in (trailing() if trailing is not None else None) or ():
+        if pair[0] == NODE_KEY:
+            link.adopts = True
+            link.lessons = 0
+            return
+    initial = getattr(call, "initial_metadata", None)
+    for pair in (initial() if initial is not None else None) or ():
+        if pair[0] == NODE_KEY:
+            link.adopts = True
+            link.lessons = 0
+            return
+    if link.lessons:
+        link.lessons -= 1

@@ -1,0 +1,263 @@
+"""Links: gRPC channels to one endpoint each, used for one connection each.
+
+Shared by the transport for threads and by `shmcoord.grpc.channel`. When a connection ends, the next
+call makes a new link; the old one is closed as soon as the calls on it have ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from shmcoord.transport._grpc_common import ENDED, OPTIONS, READY, Options
+
+__all__ = ["Link", "LinkPool"]
+
+# Responses without the key that tells of adopting nodes, after which a link is not asked any more.
+_LESSONS = 16
+
+
+class Link:
+    """A channel for one connection, what was made of it, and the number of calls that it carries.
+
+    The state of a channel is told to threads by callback only. It stays subscribed while the
+    connection lasts (gRPC looks five times a second), so that its end is seen between calls.
+
+    Attributes:
+        endpoint: Where it leads.
+        face: What the pool's `dress` made of the channel.
+        calls: How many calls use it; guarded by the pool's lock.
+        ready: Whether it is connected.
+        spent: Whether its connection has ended or could not be made: it never will be ready.
+        state: What gRPC said last.
+        adopts: Whether the node has shown that it adopts leases before it does anything.
+        lessons: In how many more responses to look for that.
+    """
+
+    __slots__ = (
+        "_changed",
+        "_channel",
+        "_on_change",
+        "_settled",
+        "adopts",
+        "calls",
+        "endpoint",
+        "face",
+        "lessons",
+        "methods",
+        "ready",
+        "spent",
+        "state",
+    )
+
+    def __init__(
+        self, endpoint: str, channel: grpc.Channel, face: Any, on_change: Callable[[], object]
+    ) -> None:
+        self.endpoint = endpoint
+        self.face = face
+        self.calls = 0
+        self.ready = False
+        self.spent = False
+        self.state = grpc.ChannelConnectivity.IDLE
+        self.adopts = False
+        self.lessons = _LESSONS
+        self.methods: dict[int, Any] = {}
+        self._channel = channel
+        self._on_change = on_change
+        self._changed = threading.Condition()
+        self._settled: list[Callable[[], object]] = []
+        channel.subscribe(self._on_state, try_to_connect=True)
+
+    def method(self, key: int, make: Callable[[Any], Any]) -> Any:
+        """Return what `make` made of the face for this key; it is made once."""
+        try:
+            return self.methods[key]
+        except KeyError:
+            with self._changed:  # gRPC's registering of methods is not safe for threads
+                if key not in self.methods:
+                    self.methods[key] = make(self.face)
+                return self.methods[key]
+
+    def connect(self, timeout_s: float) -> bool:
+        """Wait at most `timeout_s` seconds for the connection; tell if there is one."""
+        if self.ready:
+            return True
+        with self._changed:
+            self._changed.wait_for(lambda: self.ready or self.spent, timeout_s)
+            return self.ready
+
+    def when_settled(self, callback: Callable[[], object]) -> None:
+        """Have a callback called, from any thread, once it is known if there is a connection."""
+        with self._changed:
+            if not (self.ready or self.spent):
+                self._settled.append(callback)
+                return
+        callback()
+
+    def close(self) -> None:
+        """Close the channel, which cancels the calls on it."""
+        with self._changed:
+            self.spent = True
+            self.ready = False
+            settled = self._take_settled()
+        _call_all(settled)
+        self._channel.unsubscribe(self._on_state)
+        self._channel.close()
+
+    def close_later(self) -> None:
+        """Close the channel without waiting for gRPC's watching thread, which takes 0.2 s."""
+        threading.Thread(target=self.close, name="shmcoord-close", daemon=True).start()
+
+    def _on_state(self, state: grpc.ChannelConnectivity) -> None:
+        with self._changed:
+            self.state = state
+            if state is READY:
+                self.ready = not self.spent
+            elif self.ready or state in ENDED:
+                self.ready = False
+                self.spent = True
+            spent = self.spent
+            settled = self._take_settled() if spent or self.ready else []
+        if spent:
+            self._channel.unsubscribe(self._on_state)
+        _call_all(settled)
+        self._on_change()
+
+    def _take_settled(self) -> list[Callable[[], object]]:
+        """Wake who waits; the caller has the lock, and calls what is returned without it."""
+        self._changed.notify_all()
+        settled, self._settled = self._settled, []
+        return settled
+
+
+class LinkPool:
+    """The links to all endpoints; one is current for each."""
+
+    def __init__(
+        self,
+        dress: Callable[[grpc.Channel], Any],
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Options = (),
+        compression: grpc.Compression | None = None,
+    ) -> None:
+        """Make a pool without links.
+
+        Args:
+            dress: Makes of a new channel what callers use: a stub, a channel with interceptors.
+            credentials: For encrypted channels; None for plain ones.
+            options: gRPC channel options.
+            compression: Of what is sent.
+        """
+        self.on_change: Callable[[], object] = _nobody
+        self._dress = dress
+        self._credentials = credentials
+        self._options = tuple({**OPTIONS, **dict(options)}.items())
+        self._compression = compression
+        self._lock = threading.RLock()  # a collected call comes here from anywhere
+        self._current: dict[str, Link] = {}
+        self._open: set[Link] = set()
+        self._closed = False
+
+    def take(self, endpoint: str) -> Link:
+        """Lend the link to an endpoint for one call; give it back.
+
+        Raises:
+            RuntimeError: The pool is closed.
+        """
+        old: Link | None = None
+        with self._lock:
+            link = self._current.get(endpoint)
+            if link is None or link.spent:
+                if self._closed:
+                    raise RuntimeError("the transport is closed")
+                if link is not None and link.calls == 0:
+                    old = link
+                    self._open.discard(old)
+                link = self._make(endpoint)
+            link.calls += 1
+        if old is not None:
+            old.close_later()
+        return link
+
+    def give_back(self, link: Link) -> None:
+        """Take the link back after a call, and close it if its connection has ended."""
+        with self._lock:
+            link.calls -= 1
+            if not link.spent or link.calls or link not in self._open:
+                return
+            self._open.discard(link)
+            if self._current.get(link.endpoint) is link:
+                del self._current[link.endpoint]
+        link.close_later()
+
+    def links(self) -> list[Link]:
+        """Return the current link to each endpoint that was called."""
+        with self._lock:
+            return list(self._current.values())
+
+    def open_links(self) -> int:
+        """Return how many channels are open."""
+        return len(self._open)
+
+    def forget(self, key: int) -> None:
+        """Drop what the links made for a key of `Link.method`."""
+        with self._lock:
+            for link in self._open:
+                link.methods.pop(key, None)
+
+    def close(self) -> None:
+        """Close all channels; calls under way are cancelled."""
+        links = self._shut()
+        # Each takes up to 0.2 s, the time in which gRPC looks at its state.
+        threads = [
+            threading.Thread(target=link.close, name="shmcoord-close", daemon=True)
+            for link in links[1:]
+        ]
+        for thread in threads:
+            thread.start()
+        for link in links[:1]:
+            link.close()
+        for thread in threads:
+            thread.join()
+
+    def close_later(self) -> None:
+        """Close all channels without waiting for that."""
+        for link in self._shut():
+            link.close_later()
+
+    def _shut(self) -> list[Link]:
+        with self._lock:
+            self._closed = True
+            links = list(self._open)
+            self._open.clear()
+            self._current.clear()
+        return links
+
+    def _make(self, endpoint: str) -> Link:
+        # Looked up at each call: instrumentation replaces these functions.
+        if self._credentials is None:
+            channel = grpc.insecure_channel(endpoint, self._options, self._compression)
+        else:
+            channel = grpc.secure_channel(
+                endpoint, self._credentials, self._options, self._compression
+            )
+        link = Link(endpoint, channel, self._dress(channel), self._changed)
+        self._current[endpoint] = link
+        self._open.add(link)
+        return link
+
+    def _changed(self) -> None:
+        self.on_change()
+
+
+def _nobody() -> None:
+    """Nobody wants to know of changes."""
+
+
+def _call_all(callbacks: list[Callable[[], object]]) -> None:
+    for callback in callbacks:
+        callback()
