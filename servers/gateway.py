@@ -9,8 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from collections.abc import Mapping
 
 import grpc
 import grpc.aio
@@ -33,23 +32,6 @@ _ANSWER_MAX_S = 0.1
 Context = grpc.aio.ServicerContext[pb.QueryRequest, pb.QueryChunk]
 
 
-class Team(Protocol):
-    """What the gateway needs of a stub for the nodes of a team."""
-
-    @property
-    def Answer(self) -> "AskPart":  # noqa: N802 - as the proto names it
-        """Asks one of the nodes."""
-
-
-class AskPart(Protocol):
-    """The method of such a stub, for a part."""
-
-    def __call__(
-        self, request: pb.PartRequest, /, *, timeout: float | None = None
-    ) -> AsyncIterator[pb.PartChunk]:
-        """The responses of one node; `timeout` in seconds."""
-
-
 class GatewayService(pb_grpc.GatewayServicer):
     """Answers clients with what the nodes of the teams answer.
 
@@ -58,7 +40,7 @@ class GatewayService(pb_grpc.GatewayServicer):
         teams: a stub for each team of the cluster.
     """
 
-    def __init__(self, cluster: Cluster, teams: Mapping[str, Team]) -> None:
+    def __init__(self, cluster: Cluster, teams: Mapping[str, pb_grpc.NodeStub]) -> None:
         self._cluster = cluster
         self._teams = teams
         self._running: set[asyncio.Future[None]] = set()

@@ -30,8 +30,6 @@ from servers.links import LinkError, links_of, listen
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from servers.sending import LONGEST_S
-from shmcoord.dispatch import AsyncDispatcher
-from shmcoord.transport.grpc import AsyncGrpcTransport
 
 log = logging.getLogger("servers.node")
 
@@ -106,7 +104,7 @@ async def run(cluster: Cluster, name: str) -> None:
         pool = ThreadPoolExecutor(cluster.capacity(name), thread_name_prefix="search")
         stack.callback(pool.shutdown)
         segments = _open_segments(stack, cluster, name)
-        gateway = _gateway(stack, cluster) if name == cluster.leader else None
+        gateway = await _gateway(stack, cluster) if name == cluster.leader else None
         services = await _add_services(server, service, gateway, probes)
         await server.start()
         node = _join(cluster, name, segments[cluster.segment(name)])
@@ -198,18 +196,22 @@ def _join(cluster: Cluster, name: str, segment: shmcoord.Segment) -> shmcoord.No
     return node
 
 
-def _gateway(stack: contextlib.AsyncExitStack, cluster: Cluster) -> GatewayService:
+async def _gateway(stack: contextlib.AsyncExitStack, cluster: Cluster) -> GatewayService:
+    """The gateway, with a channel to the nodes of each team; all of them share one router."""
     router = shmcoord.Router(*cluster.segments)
     stack.callback(router.close)
     links = links_of(cluster)
-    transport = AsyncGrpcTransport(
-        stub=pb_grpc.NodeStub,
-        credentials=links.credentials,
-        options=[*_PART_OPTIONS, *links.options],
-    )
-    stack.push_async_callback(transport.close)
-    dispatcher = AsyncDispatcher(router, transport, adopts=True, on_decision=_log_decision)
-    return GatewayService(cluster, dispatcher)
+    teams = {}
+    for team in cluster.teams:
+        channel = shmcoord.grpc.aio.channel(
+            router=router,
+            group=team,
+            credentials=links.credentials,
+            options=[*_PART_OPTIONS, *links.options],
+            on_decision=_log_decision,
+        )
+        teams[team] = pb_grpc.NodeStub(await stack.enter_async_context(channel))
+    return GatewayService(cluster, teams)
 
 
 def _log_decision(decision: shmcoord.Decision, lease: shmcoord.Lease) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from shmcoord.errors import LeaseLost, NoBackend, Saturated
@@ -17,13 +17,17 @@ from shmcoord.transport import ConnectionLost, Unreachable
 if TYPE_CHECKING:
     from shmcoord.backend import Backend
     from shmcoord.budget import RetryBudget
+    from shmcoord.decision import Decision
     from shmcoord.lease import Lease
     from shmcoord.router import Router
 
-__all__ = ["Attempt", "Course", "NoneReachable", "SendRules", "send_rules"]
+__all__ = ["Attempt", "Course", "NoneReachable", "OnDecision", "SendRules", "send_rules"]
 
 # How long a call without a time-out waits for capacity, in seconds.
 _LONGEST_WAIT_S = 3600.0
+
+OnDecision = Callable[["Decision", "Lease"], None]
+"""Is told what a router decided, and the lease, before each sending."""
 
 
 class SendRules(NamedTuple):

@@ -20,25 +20,22 @@ requests earn (`RetryBudget`), so that retries cannot multiply an overload.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shmcoord.course import Attempt, Course, NoneReachable, send_rules
+from shmcoord.course import Attempt, Course, NoneReachable, OnDecision, send_rules
 from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
 from shmcoord.hedging import HedgePool, hedge_async
 from shmcoord.transport import AsyncTransport, ConnectionLost, Transport, Unreachable
 
 if TYPE_CHECKING:
     from shmcoord.budget import RetryBudget
-    from shmcoord.decision import Decision
     from shmcoord.lease import Lease
     from shmcoord.router import Router
 
 __all__ = ["AsyncDispatcher", "Attempt", "Dispatcher", "NoneReachable", "ResponseStream"]
-
-OnDecision = Callable[["Decision", "Lease"], None]
 
 
 class Dispatcher:

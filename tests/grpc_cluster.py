@@ -45,8 +45,8 @@ METHODS = tuple(f"/{SERVICE}/{name}" for name in ("Say", "Count", "Gather", "Cha
 class Node:
     """One node with a threaded server; requests say what it does.
 
-    Unary requests: "hold" waits for `release`, the name of a status code aborts with it, "die" stops
-    the server under the request, anything else is answered in upper case. `Count` answers so
+    Unary requests: "hold" waits for `release`, the name of a status code aborts with it, "die"
+    stops the server under the request, anything else is answered in upper case. `Count` answers so
     many numbers, and waits behind the last one for "N+".
     """
 

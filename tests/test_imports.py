@@ -98,7 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # sending
     "transport": {"errors"},
     "hedging": {"backend", "errors", "lease"},
-    "course": {"backend", "budget", "errors", "lease", "router", "transport"},
+    "course": {"backend", "budget", "decision", "errors", "lease", "router", "transport"},
     "dispatch": {
         *("backend", "budget", "course", "decision", "errors", "hedging", "lease", "router"),
         "transport",

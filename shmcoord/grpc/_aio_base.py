@@ -140,7 +140,12 @@ class RoutedCall:
         # Driven by hand up to its first wait, which mostly never comes. So who finds callers
         # waiting queues behind them, and does it now, in the order of the calls.
         asking = routes.router.acquire_async(
-            routes.group, wait_s, cost, key=key, exclude=self._course.exclude
+            routes.group,
+            wait_s,
+            cost,
+            key=key,
+            explain=routes.on_decision is not None,
+            exclude=self._course.exclude,
         )
         try:
             awaited = asking.send(None)
@@ -171,6 +176,8 @@ class RoutedCall:
         routes = self._routes
         leg = Leg(self if self._runs_alone else weakref.ref(self), lease, link, routes.links)
         try:
+            if routes.on_decision is not None and lease.decision is not None:
+                routes.on_decision(lease.decision, lease)
             # Not wait_for_ready: on a connection that breaks just now, it would wait for this one
             # node until the deadline.
             real = self._method.on(link)(
@@ -243,6 +250,7 @@ class RoutedCall:
                         routes.max_wait_s if left_s is None else left_s,
                         cost,
                         key=key,
+                        explain=routes.on_decision is not None,
                         exclude=course.exclude,
                     )
                 lease: Lease = await asking

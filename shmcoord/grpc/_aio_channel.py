@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from shmcoord.course import send_rules
+from shmcoord.course import OnDecision, send_rules
 from shmcoord.grpc._aio_methods import StreamStream, StreamUnary, UnaryStream, UnaryUnary
 from shmcoord.grpc._aio_routes import Routes
 from shmcoord.grpc._aio_state import state_of
@@ -40,6 +40,7 @@ def channel(
     idempotent: Collection[str] = (),
     max_wait_s: float = 3600.0,
     connect_timeout_s: float = 1.0,
+    on_decision: OnDecision | None = None,
 ) -> grpc.aio.Channel:
     """Return a channel for event loops whose every call goes to the node that is best for it.
 
@@ -58,6 +59,8 @@ def channel(
             so that a call whose connection breaks is made again elsewhere.
         max_wait_s: How long a call without a deadline waits for capacity, in seconds.
         connect_timeout_s: How long a call waits for the connection to one node, in seconds.
+        on_decision: Called with the decision and the lease before each sending, for logs. An error
+            that it raises ends the call.
 
     Raises:
         ValueError: Neither segments nor a router are given, or both; or a time is negative.
@@ -82,7 +85,9 @@ def channel(
         if own is not None:
             own.close()
         raise
-    return RoutedChannel(Routes(used, group, rules, links, max_wait_s, connect_timeout_s), own)
+    return RoutedChannel(
+        Routes(used, group, rules, links, max_wait_s, connect_timeout_s, on_decision), own
+    )
 
 
 class RoutedChannel(grpc.aio.Channel):

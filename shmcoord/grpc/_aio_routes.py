@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 if TYPE_CHECKING:
-    from shmcoord.course import SendRules
+    from shmcoord.course import OnDecision, SendRules
     from shmcoord.grpc._aio_base import RoutedCall
     from shmcoord.router import Router
     from shmcoord.transport._grpc_aio_links import AioLinks
@@ -28,13 +28,14 @@ class Routes:
         links: To the nodes.
         max_wait_s: How long a call without a deadline waits for capacity, in seconds.
         connect_timeout_s: How long a call waits for one connection, in seconds.
+        on_decision: Is told of each decision; None: nobody is.
         waiting: The calls that have no node at the moment.
         active: How many calls have not ended.
     """
 
     __slots__ = (
         *("_idle", "_loop", "active", "closed", "connect_timeout_s", "group", "links"),
-        *("max_wait_s", "router", "rules", "waiting"),
+        *("max_wait_s", "on_decision", "router", "rules", "waiting"),
     )
 
     def __init__(
@@ -45,6 +46,7 @@ class Routes:
         links: AioLinks[grpc.aio.Channel],
         max_wait_s: float,
         connect_timeout_s: float,
+        on_decision: OnDecision | None,
     ) -> None:
         self.router = router
         self.group = group
@@ -52,6 +54,7 @@ class Routes:
         self.links = links
         self.max_wait_s = max_wait_s
         self.connect_timeout_s = connect_timeout_s
+        self.on_decision = on_decision
         self.closed = False
         self.waiting: set[RoutedCall] = set()
         self.active = 0
