@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import grpc.aio
@@ -26,7 +26,7 @@ class _End(Generic[T]):
 
 @contextlib.asynccontextmanager
 async def merged(
-    sources: Mapping[str, AsyncIterator[T]], ahead: int = 4
+    sources: Mapping[str, AsyncIterable[T]], ahead: int = 4
 ) -> AsyncIterator[AsyncGenerator[tuple[str, T], None]]:
     """Reads all sources at once; gives (key, item) as items come.
 
@@ -38,7 +38,7 @@ async def merged(
     """
     queue: asyncio.Queue[tuple[str, T] | _End[T]] = asyncio.Queue(ahead)
 
-    async def pump(key: str, source: AsyncIterator[T]) -> None:
+    async def pump(key: str, source: AsyncIterable[T]) -> None:
         error = None
         try:
             async for item in source:
@@ -69,7 +69,7 @@ async def merged(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _close(source: AsyncIterator[Any]) -> None:
+async def _close(source: AsyncIterable[Any]) -> None:
     """Ends a source that may not have ended: a generator, or a call of grpc.aio."""
     if isinstance(source, AsyncGenerator):
         await source.aclose()
