@@ -81,9 +81,10 @@ def _leased(name: str, title: str, policy: str, capacity: int | None) -> System:
 
 
 def _ours() -> tuple[System, ...]:
-    waiting = _leased(MAIN, "shmcoord, waits for capacity", "least-loaded", 1)
     return (
-        waiting,
+        _leased(MAIN, "shmcoord, waits for capacity", "least-loaded", 1),
+        # A node has the next request when it is done with the one: no time goes by in between.
+        _leased("shmcoord-in-hand", "shmcoord, waits, one in hand", "least-loaded", 2),
         *(
             _leased(f"shmcoord-{policy}", f"shmcoord {policy}, does not wait", policy, None)
             for policy in shmcoord.POLICIES
