@@ -20,6 +20,7 @@ except ModuleNotFoundError as _missing:
 from shmcoord.grpc import aio
 from shmcoord.grpc._channel import channel
 from shmcoord.grpc._common import served_by
-from shmcoord.grpc._server import server
+from shmcoord.grpc._instrument import Instrument, instrument
+from shmcoord.grpc._server import Server, server
 
-__all__ = ["aio", "channel", "served_by", "server"]
+__all__ = ["Instrument", "Server", "aio", "channel", "instrument", "served_by", "server"]

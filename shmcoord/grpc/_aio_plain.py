@@ -1,0 +1,166 @@
+"""Plain functions and generators as handlers of an event loop's server, wrapped.
+
+`grpc.aio` runs them in its pool of threads, so they may wait there: from `submit`, or for a stream
+from when the loop has called it, until a thread begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from typing import Any
+
+from shmcoord.errors import NoBackend, Saturated
+from shmcoord.grpc._aio_context import PlainContext
+from shmcoord.grpc._common import served_by
+from shmcoord.grpc._counting import Arrival
+from shmcoord.grpc._membership import Membership, Refused, note_span
+from shmcoord.grpc._refusal import refusal
+from shmcoord.transport.grpc import lease_token
+
+__all__ = ["PlainExecutor", "PlainHandlers", "PlainUnary"]
+
+_Behavior = Callable[..., Any]
+
+
+class PlainHandlers:
+    """Begins and ends the requests that run in threads."""
+
+    def __init__(self, membership: Membership) -> None:
+        self.membership = membership
+        # Changed by threads: adding and discarding is one step under the GIL.
+        self.open: set[Arrival] = set()
+
+    def arrive(self, context: Any) -> Arrival:
+        """A request that a thread shall begin."""
+        token = lease_token(context)
+        arrival = Arrival(token, False, token is None and self.membership.draining)
+        if token is None and not arrival.refused:
+            arrival.waits = True
+            self.membership.waiting.more()
+        return arrival
+
+    def begin(self, arrival: Arrival) -> None:
+        """Adopt or begin; the request then waits no longer."""
+        membership = self.membership
+        if arrival.refused:
+            raise Refused(membership.refusal())
+        arrival.request = membership.take(arrival.token)
+        self.open.add(arrival)
+        if arrival.waits:
+            arrival.waits = False
+            membership.waiting.less()
+        note_span(membership.place)
+
+    def fail(self, arrival: Arrival, own: PlainContext, error: BaseException) -> None:
+        """Judge what a handler raised, and say it to the client if it is ours to say."""
+        if isinstance(error, GeneratorExit):
+            arrival.failed = own.is_late()
+            return
+        try:
+            if isinstance(error, Refused):
+                own.abort(*error.refusal)
+            if isinstance(error, (Saturated, NoBackend)) and own.code_set is None:
+                own.abort(*refusal(error))
+        finally:
+            arrival.failed = own.failed(error)
+            own.add_own()
+
+    def end(self, arrival: Arrival) -> None:
+        """End whatever was begun."""
+        arrival.end(self.membership)
+        self.open.discard(arrival)
+
+    def streaming(self, behavior: _Behavior) -> _Behavior:
+        """Wrap a generator function, or one that returns an iterator."""
+
+        def responses(arrival: Arrival, request: Any, context: Any) -> Iterator[Any]:
+            own = PlainContext(context, self.membership)
+            before = served_by.set(self.membership.place.node)
+            try:
+                self.begin(arrival)
+                yield from behavior(request, own)
+                arrival.failed = own.failed()
+                own.add_own()
+            except BaseException as error:
+                self.fail(arrival, own, error)
+                raise
+            finally:
+                self.end(arrival)
+                _reset(before)
+
+        def serve(request: Any, context: Any) -> Iterator[Any]:
+            arrival = self.arrive(context)
+            found = responses(arrival, request, context)
+            # One that no thread ever begins has no end of its own.
+            weakref.finalize(found, self.end, arrival).atexit = False
+            return found
+
+        return serve
+
+
+class PlainUnary:
+    """A plain function that gives one response, wrapped."""
+
+    def __init__(self, handlers: PlainHandlers, behavior: _Behavior) -> None:
+        self.handlers = handlers
+        self._behavior = behavior
+
+    def __call__(self, request: Any, context: Any) -> Any:
+        """Serve a request that did not come through `PlainExecutor`."""
+        return self.serve(self.handlers.arrive(context), request, context)
+
+    def serve(self, arrival: Arrival, request: Any, context: Any) -> Any:
+        """Serve a request."""
+        handlers = self.handlers
+        own = PlainContext(context, handlers.membership)
+        before = served_by.set(handlers.membership.place.node)
+        try:
+            handlers.begin(arrival)
+            response = self._behavior(request, own)
+            arrival.failed = own.failed()
+            own.add_own()
+            return response
+        except BaseException as error:
+            handlers.fail(arrival, own, error)
+            raise
+        finally:
+            handlers.end(arrival)
+            served_by.reset(before)
+
+
+class PlainExecutor(Executor):
+    """Runs the plain handlers in another executor, and counts those that wait there."""
+
+    def __init__(self, workers: Executor) -> None:
+        self._workers = workers
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a function; one that is a handler waits until it begins."""
+        if not isinstance(fn, PlainUnary):
+            return self._workers.submit(fn, *args, **kwargs)
+        handlers = fn.handlers
+        arrival = handlers.arrive(args[1])
+        try:
+            future = self._workers.submit(fn.serve, arrival, *args, **kwargs)
+        except BaseException:
+            handlers.end(arrival)
+            raise
+
+        def unserved(future: Future[Any]) -> None:
+            if future.cancelled():
+                handlers.end(arrival)
+
+        future.add_done_callback(unserved)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Shut the other executor down."""
+        self._workers.shutdown(wait=wait, cancel_futures=cancel_futures)
+
+
+def _reset(token: Any) -> None:
+    with contextlib.suppress(ValueError):  # of a generator that is closed elsewhere than it ran
+        served_by.reset(token)

@@ -1,0 +1,172 @@
+"""How a threaded gRPC server counts: exactly what waits, and exactly what its handlers execute.
+
+grpcio's serving thread takes a call, runs the interceptors under the server's lock, and then in the
+same thread either rejects the call or gives it to the executor. So:
+
+- the interceptor, the first of all, notes for its thread what has arrived;
+- the executor's `submit` takes the note: the request waits from then on (one that came with a lease
+  is counted in its lease cell already);
+- the handler, in a thread of the pool, adopts the lease or begins a request;
+- the end of the pool's task ends all of it. For a response stream this is the end of the stream
+  (`grpc._server._stream_response_in_pool` iterates the responses inside of the task), and for a
+  call that was cancelled while it waited it is all that happens.
+
+A call that is rejected (no such method, `maximum_concurrent_rpcs`) is never submitted. Its note is
+wiped by the next call, before anything else of that call happens.
+
+Infrastructure (health, reflection, reports) runs on a small pool of its own and is not counted: a
+client that watches the health must not occupy a worker.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from shmcoord.grpc._common import LEASE_KEY, is_infrastructure
+
+if TYPE_CHECKING:
+    from shmcoord.grpc._handlers import Handlers
+    from shmcoord.grpc._membership import Membership
+    from shmcoord.node import Request
+
+__all__ = ["Arrival", "CountingExecutor", "CountingInterceptor", "Notes"]
+
+# Threads are made as they are needed. Each watch of a health service that blocks needs one.
+_ASIDE_WORKERS = 16
+# Wrapped handlers that are kept. A generic handler may serve any method that a client names.
+_KEPT = 1024
+
+
+class Arrival:
+    """One call that has arrived: what it needs until its end."""
+
+    __slots__ = ("aside", "failed", "refused", "request", "token", "waits")
+
+    def __init__(self, token: str | None, aside: bool, refused: bool) -> None:
+        self.token = token
+        self.aside = aside  # runs beside the workers, and is not counted
+        self.refused = refused  # came without lease while the server drained
+        self.waits = False
+        self.request: Request | None = None
+        self.failed = False
+
+    def end(self, membership: Membership) -> None:
+        """End what was counted; whatever happened before."""
+        if self.waits:
+            self.waits = False
+            membership.waiting.less()
+        if self.request is not None:
+            self.request.end(failed=self.failed)
+            self.request = None
+
+
+class Notes(threading.local):
+    """What a thread has to remember.
+
+    Attributes:
+        arrived: In the serving thread: the call that `submit` will get next.
+        current: In a thread of the pool: the call that it serves.
+    """
+
+    arrived: Arrival | None = None
+    current: Arrival | None = None
+
+
+class CountingInterceptor(grpc.ServerInterceptor):
+    """Must be the first interceptor of the server: it notes what arrives, and wraps its handler."""
+
+    def __init__(self, membership: Membership, notes: Notes, handlers: Handlers) -> None:
+        self._membership = membership
+        self._notes = notes
+        self._handlers = handlers
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+
+    def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: Any
+    ) -> Any:
+        """Note the call and wrap its handler; runs under the server's lock."""
+        notes = self._notes
+        notes.arrived = None
+        handler = continuation(details)
+        if handler is None:
+            return None
+        method = details.method
+        if is_infrastructure(method):
+            notes.arrived = Arrival(None, True, False)
+            return handler
+        token = None
+        for key, value in details.invocation_metadata or ():
+            if key == LEASE_KEY:
+                token = value if isinstance(value, str) else value.decode("ascii", "replace")
+        refused = token is None and self._membership.draining
+        notes.arrived = Arrival(token, refused, refused)
+        kept = self._wrapped.get(method)
+        if kept is not None and kept[0] is handler:
+            return kept[1]
+        wrapped = self._handlers.wrap(handler)
+        if len(self._wrapped) < _KEPT or kept is not None:
+            self._wrapped[method] = (handler, wrapped)
+        return wrapped
+
+
+class CountingExecutor(ThreadPoolExecutor):
+    """Runs the calls of a server in another executor, and counts them.
+
+    Args:
+        membership: Where they are counted.
+        notes: Shared with the interceptor and the handlers.
+        workers: The executor that runs them.
+    """
+
+    def __init__(self, membership: Membership, notes: Notes, workers: Executor) -> None:
+        super().__init__(_ASIDE_WORKERS, thread_name_prefix="shmcoord-aside")
+        self._membership = membership
+        self._notes = notes
+        self._workers = workers
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a call; what is no call of the server goes through uncounted."""
+        arrival, self._notes.arrived = self._notes.arrived, None
+        if arrival is None:
+            return self._workers.submit(fn, *args, **kwargs)
+        if arrival.aside:
+            return super().submit(self._serve, arrival, fn, args, kwargs)
+        if arrival.token is None:
+            arrival.waits = True
+            self._membership.waiting.more()
+        try:
+            future = self._workers.submit(self._serve, arrival, fn, args, kwargs)
+        except BaseException:
+            arrival.end(self._membership)
+            raise
+        future.add_done_callback(lambda future: self._unserved(future, arrival))
+        return future
+
+    def _unserved(self, future: Future[Any], arrival: Arrival) -> None:
+        """One that was thrown out of the queue never runs."""
+        if future.cancelled():
+            arrival.end(self._membership)
+
+    def _serve(
+        self,
+        arrival: Arrival,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        self._notes.current = arrival
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            self._notes.current = None
+            arrival.end(self._membership)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Shut both pools down."""
+        self._workers.shutdown(wait=wait, cancel_futures=cancel_futures)
+        super().shutdown(wait=wait, cancel_futures=cancel_futures)

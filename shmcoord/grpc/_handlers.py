@@ -1,0 +1,189 @@
+"""Handlers of a threaded server, wrapped: each counts its request and adds to its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from shmcoord.errors import NoBackend, Saturated
+from shmcoord.grpc._common import served_by
+from shmcoord.grpc._counting import Arrival, Notes
+from shmcoord.grpc._faults import is_fault
+from shmcoord.grpc._membership import Membership, Refused, note_span
+from shmcoord.grpc._refusal import Refusal, refusal
+from shmcoord.transport.grpc import lease_token
+
+__all__ = ["Handlers"]
+
+_Behavior = Callable[..., Any]
+
+
+class Handlers:
+    """Wraps the handlers of a server."""
+
+    def __init__(self, membership: Membership, notes: Notes) -> None:
+        self._membership = membership
+        self._notes = notes
+        # Calls whose status is not sent yet. Adding and discarding is one step under the GIL.
+        self.open: set[Arrival] = set()
+
+    def wrap(self, handler: Any) -> Any:
+        """Return a handler of the same kind."""
+        make: Any
+        if handler.request_streaming and handler.response_streaming:
+            inner, wrap, make = (
+                handler.stream_stream,
+                self._stream,
+                grpc.stream_stream_rpc_method_handler,
+            )
+        elif handler.request_streaming:
+            inner, wrap, make = (
+                handler.stream_unary,
+                self._unary,
+                grpc.stream_unary_rpc_method_handler,
+            )
+        elif handler.response_streaming:
+            inner, wrap, make = (
+                handler.unary_stream,
+                self._stream,
+                grpc.unary_stream_rpc_method_handler,
+            )
+        else:
+            inner, wrap, make = (
+                handler.unary_unary,
+                self._unary,
+                grpc.unary_unary_rpc_method_handler,
+            )
+        return make(
+            wrap(inner), handler.request_deserializer, self._serializer(handler.response_serializer)
+        )
+
+    def _serializer(self, serialize: Callable[[Any], bytes] | None) -> Any:
+        """A response that cannot be serialized is the server's fault: gRPC says INTERNAL."""
+        if serialize is None:
+            return None
+        notes = self._notes
+
+        def serialized(response: Any) -> bytes:
+            try:
+                return serialize(response)
+            except BaseException:
+                if notes.current is not None:
+                    notes.current.failed = True
+                raise
+
+        return serialized
+
+    def _unary(self, behavior: _Behavior) -> _Behavior:
+        def serve(request: Any, context: Any) -> Any:
+            arrival, alone = self._arrival(context)
+            try:
+                self._begin(arrival, context)
+                response = behavior(request, context)
+                self._succeed(arrival, context)
+                return response
+            except BaseException as error:
+                self._fail(arrival, context, error)
+                raise
+            finally:
+                if alone:
+                    self._end(arrival)
+
+        return _like(serve, behavior)
+
+    def _stream(self, behavior: _Behavior) -> _Behavior:
+        def serve(request: Any, context: Any) -> Iterator[Any]:
+            arrival, alone = self._arrival(context)
+            try:
+                self._begin(arrival, context)
+                yield from behavior(request, context)
+                self._succeed(arrival, context)
+            except GeneratorExit:  # the client is gone
+                arrival.failed = _is_late(context)
+                raise
+            except BaseException as error:
+                self._fail(arrival, context, error)
+                raise
+            finally:
+                if alone:
+                    self._end(arrival)
+
+        return _like(serve, behavior)
+
+    def _arrival(self, context: Any) -> tuple[Arrival, bool]:
+        """The call that this thread serves; and whether nobody but the handler will end it."""
+        arrival = self._notes.current
+        if arrival is not None:
+            return arrival, False
+        # It did not come through our executor: the handler has a pool of its own.
+        token = lease_token(context)
+        arrival = Arrival(token, False, token is None and self._membership.draining)
+        self._notes.current = arrival
+        return arrival, True
+
+    def _end(self, arrival: Arrival) -> None:
+        self._notes.current = None
+        arrival.end(self._membership)
+
+    def _begin(self, arrival: Arrival, context: Any) -> None:
+        """Adopt or begin; the request then waits no longer."""
+        self.open.add(arrival)
+        if not context.add_callback(lambda: self.open.discard(arrival)):
+            self.open.discard(arrival)
+        membership = self._membership
+        if arrival.refused:
+            raise Refused(membership.refusal())
+        arrival.request = membership.take(arrival.token)
+        if arrival.waits:
+            arrival.waits = False
+            membership.waiting.less()
+        served_by.set(membership.place.node)
+        note_span(membership.place)
+
+    def _succeed(self, arrival: Arrival, context: Any) -> None:
+        """The handler is done; it may have set a status of its own."""
+        arrival.failed = is_fault(context.code()) or _is_late(context)
+        theirs = context.trailing_metadata()
+        context.set_trailing_metadata(self._membership.merged(theirs))
+
+    def _fail(self, arrival: Arrival, context: Any, error: BaseException) -> None:
+        """Judge what a handler raised, and say it to the client if it is ours to say.
+
+        Raises:
+            Exception: gRPC's own, by which it knows that the call was aborted.
+        """
+        try:
+            if isinstance(error, Refused):
+                _abort(context, error.refusal)
+            if isinstance(error, (Saturated, NoBackend)):
+                _abort(context, refusal(error))
+        finally:
+            if isinstance(error, grpc.RpcError) and not context.is_active():
+                arrival.failed = _is_late(context)  # gRPC's word for a client that is gone
+            else:
+                code = context.code()
+                arrival.failed = code is None or is_fault(code) or _is_late(context)
+            theirs = context.trailing_metadata()
+            context.set_trailing_metadata(self._membership.merged(theirs))
+
+
+def _abort(context: Any, refused: Refusal) -> None:
+    if refused.trailing:
+        context.set_trailing_metadata(refused.trailing)
+    context.abort(refused.code, refused.details)
+
+
+def _is_late(context: Any) -> bool:
+    """Whether the call's deadline has passed: its client was told DEADLINE_EXCEEDED."""
+    left_s = context.time_remaining()
+    return left_s is not None and left_s <= 0.0
+
+
+def _like(serve: _Behavior, behavior: _Behavior) -> _Behavior:
+    """Let gRPC run it where it would have run the handler itself."""
+    pool = getattr(behavior, "experimental_thread_pool", None)
+    if pool is not None:
+        serve.experimental_thread_pool = pool  # type: ignore[attr-defined]
+    return serve
