@@ -1,20 +1,16 @@
 """The service of every node: it answers its team's part of a query."""
 
-import asyncio
 import hmac
 import logging
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import grpc
 import grpc.aio
 
-from servers.closing import Calls
 from servers.config import Cluster
 from servers.data import DataError, Dataset, SearchInterruptedError
 from servers.gateway import MAX_WORDS
@@ -23,8 +19,7 @@ from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.pb import shmcoord_cluster_pb2_grpc as pb_grpc
 from servers.searching import RunningSearch
 from servers.sending import Refusal, Writer, absence_cancels, in_time, time_limit_s
-from shmcoord.errors import LeaseLost, Saturated, ShmcoordError
-from shmcoord.transport.grpc import lease_token, refuse_lost_lease_async
+from shmcoord.transport.grpc import lease_token
 
 log = logging.getLogger("servers.node")
 
@@ -36,21 +31,10 @@ StatusContext = grpc.aio.ServicerContext[pb.GetStatusRequest, pb.NodeStatus]
 ShutdownContext = grpc.aio.ServicerContext[pb.ShutdownRequest, pb.ShutdownReply]
 
 
-class Participant(Protocol):
-    """What the service needs of the node that joined the segment."""
-
-    def adopt(self, token: str) -> AbstractContextManager[object]:
-        """A request that came with a lease."""
-
-    def request(self) -> AbstractContextManager[object]:
-        """A request that came without one."""
-
-
 @dataclass
 class Serving:
     """What a node has once it is ready to serve."""
 
-    participant: Participant
     dataset: Dataset
     pool: ThreadPoolExecutor
 
@@ -72,16 +56,7 @@ class NodeService(pb_grpc.NodeServicer):
         self._most = _UNLEASED * cluster.capacity(name)
         self.load = OwnLoad()
         self.serving: Serving | None = None
-        self._running: set[asyncio.Future[None]] = set()
-        self.calls = Calls()
         self.draining = False
-        self.stopped = False
-
-    def stop(self) -> None:
-        """Ends what still runs, and takes nothing more; the clients are told UNAVAILABLE."""
-        self.stopped = True
-        for work in self._running:
-            work.cancel()
 
     async def Answer(  # noqa: N802
         self, request: pb.PartRequest, context: AnswerContext
@@ -90,11 +65,11 @@ class NodeService(pb_grpc.NodeServicer):
         with absence_cancels():
             writer = Writer(context)
             try:
-                await self._adopt_and_answer(request, context, writer)
+                await self._checked_answer(request, context, writer)
             except Refusal as refusal:
                 await writer.refuse(refusal)
 
-    async def _adopt_and_answer(
+    async def _checked_answer(
         self, request: pb.PartRequest, context: AnswerContext, writer: Writer[pb.PartChunk]
     ) -> None:
         if self.serving is None:
@@ -103,36 +78,15 @@ class NodeService(pb_grpc.NodeServicer):
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"more than {MAX_WORDS} words in a query"
             )
-        with await self._accepted(self.serving.participant, context), self.load.request():
-            self.calls.enter(context)
-            # The gateway always sets a deadline, at which gRPC ends the request; others may not.
-            limit_s = time_limit_s(context, self._cluster.cluster.timeout_s)
-            work = self._answer(self.serving, request, writer)
-            await in_time(work, limit_s, self._running)
-
-    async def _accepted(
-        self, participant: Participant, context: AnswerContext
-    ) -> AbstractContextManager[object]:
-        """The request as shmcoord counts it: the router's lease, or one of our own."""
-        token = lease_token(context)
-        if self.stopped or (token is None and self.draining):
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self._name} is draining")
-        if token is None and self.load.inflight >= self._most:
+        if lease_token(context) is None and self.load.inflight >= self._most:
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"{self._name} has {self.load.inflight} requests, and takes none without a lease",
             )
-        try:
-            return participant.request() if token is None else participant.adopt(token)
-        except LeaseLost:
-            await refuse_lost_lease_async(context)
-            raise
-        except ValueError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no lease token: {error}")
-        except Saturated as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        except ShmcoordError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        with self.load.request():
+            # The gateway always sets a deadline, at which gRPC ends the request; others may not.
+            limit_s = time_limit_s(context, self._cluster.cluster.timeout_s)
+            await in_time(self._answer(self.serving, request, writer), limit_s)
 
     async def _answer(
         self, serving: Serving, request: pb.PartRequest, writer: Writer[pb.PartChunk]

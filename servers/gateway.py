@@ -5,7 +5,6 @@ the parts on every node, and with them the leases that they hold. How a part fin
 matter of the gateway: it calls a stub, whose channel routes by load.
 """
 
-import asyncio
 import logging
 import math
 import time
@@ -14,7 +13,6 @@ from collections.abc import Mapping
 import grpc
 import grpc.aio
 
-from servers.closing import Calls
 from servers.config import Cluster
 from servers.merging import SourceError, merged
 from servers.pb import shmcoord_cluster_pb2 as pb
@@ -35,6 +33,10 @@ Context = grpc.aio.ServicerContext[pb.QueryRequest, pb.QueryChunk]
 class GatewayService(pb_grpc.GatewayServicer):
     """Answers clients with what the nodes of the teams answer.
 
+    Attributes:
+        running: queries that are being answered.
+        draining: takes no more.
+
     Args:
         cluster: names the time-out of queries that bring none.
         teams: a stub for each team of the cluster.
@@ -43,19 +45,8 @@ class GatewayService(pb_grpc.GatewayServicer):
     def __init__(self, cluster: Cluster, teams: Mapping[str, pb_grpc.NodeStub]) -> None:
         self._cluster = cluster
         self._teams = teams
-        self._running: set[asyncio.Future[None]] = set()
-        self.calls = Calls()
+        self.running = 0
         self.draining = False
-
-    @property
-    def running(self) -> int:
-        """Queries that are being answered."""
-        return len(self._running)
-
-    def stop(self) -> None:
-        """Ends what still runs; its clients are told UNAVAILABLE."""
-        for work in self._running:
-            work.cancel()
 
     async def Query(  # noqa: N802
         self, request: pb.QueryRequest, context: Context
@@ -71,10 +62,13 @@ class GatewayService(pb_grpc.GatewayServicer):
                         grpc.StatusCode.RESOURCE_EXHAUSTED,
                         f"the gateway runs {self.running} queries, and takes no more at once",
                     )
-                self.calls.enter(context)
-                # The parts have less time than that: who is late is told by them.
-                limit_s = time_limit_s(context, self._cluster.cluster.timeout_s) + _ANSWER_MAX_S
-                await in_time(self._query(request, context, writer), limit_s, self._running)
+                self.running += 1
+                try:
+                    # The parts have less time than that: who is late is told by them.
+                    limit_s = time_limit_s(context, self._cluster.cluster.timeout_s)
+                    await in_time(self._query(request, context, writer), limit_s + _ANSWER_MAX_S)
+                finally:
+                    self.running -= 1
             except Refusal as refusal:
                 await writer.refuse(refusal)
 

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -22,7 +21,6 @@ from grpc_reflection.v1alpha import reflection
 
 import shmcoord
 from servers.answering import NodeService, Serving
-from servers.closing import close
 from servers.config import Cluster
 from servers.data import Dataset
 from servers.gateway import GatewayService
@@ -58,11 +56,8 @@ _OTHER_CALLS = 256
 # A part whose client is slow is held back at its node, and not gathered in the gateway: without
 # these, gRPC lets many megabytes come in advance.
 _PART_OPTIONS = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 18)]
-# While it drains, a node looks this often whether it is done; in seconds.
-_DRAIN_LOOK_S = 0.02
-# How long clients have to take in their status after that; not all of them read.
-_LAST_CALLS_S = 0.2
-_LAST_SEARCHES_S = 2.0
+# What is no load of the node: the leader's queries, which become the parts that are.
+_NO_LOAD = (f"/{GATEWAY_SERVICE}/", f"/{NODE_SERVICE}/GetStatus", f"/{NODE_SERVICE}/Shutdown")
 
 
 class NodeError(Exception):
@@ -97,36 +92,24 @@ async def run(cluster: Cluster, name: str) -> None:
     probes = health.aio.HealthServicer()
     async with contextlib.AsyncExitStack() as stack:
         # The port comes first: whoever has it already is then not disturbed by anything else.
-        server = _bound_server(cluster, name)
-        stack.push_async_callback(close, server, cluster.endpoint(name))
+        server = _bound_server(cluster, name, probes)
+        stack.push_async_callback(server.stop, None)
         dataset = await asyncio.to_thread(_load, cluster, name)
         stack.callback(dataset.close)
         pool = ThreadPoolExecutor(cluster.capacity(name), thread_name_prefix="search")
         stack.callback(pool.shutdown)
-        segments = _open_segments(stack, cluster, name)
+        _open_segments(stack, cluster, name)
         gateway = await _gateway(stack, cluster) if name == cluster.leader else None
         services = await _add_services(server, service, gateway, probes)
+        service.serving = Serving(dataset, pool)
         await server.start()
-        node = _join(cluster, name, segments[cluster.segment(name)])
-        stack.callback(node.leave)
-        node.publish(rows=dataset.rows)
-        service.serving = Serving(node, dataset, pool)
+        log.info("Shared memory update thread started")
+        server.node.publish(rows=dataset.rows)
         for known in services:
             await probes.set(known, health_pb2.HealthCheckResponse.SERVING)
         log.info("Serving team %s on %s", cluster.nodes[name].team, cluster.endpoint(name))
         await stop.asked.wait()
-        node.drain()
-        await probes.enter_graceful_shutdown()
-        await _finish(cluster, service, gateway, node, stop)
-        service.stop()
-        await service.calls.told(_LAST_CALLS_S)
-        if gateway is not None:
-            gateway.stop()
-            await gateway.calls.told(_LAST_CALLS_S)
-        await close(server, cluster.endpoint(name))
-        # Requests that were cancelled give back what they held once their searches have ended.
-        await _while(lambda: service.load.inflight > 0, _LAST_SEARCHES_S, asyncio.Event())
-        node.shutdown()
+        await _finish(cluster, server, service, gateway, stop)
     log.info("Stopped")
 
 
@@ -138,9 +121,22 @@ def die_with(parent: int) -> None:
         raise NodeError("the process that started this node is gone")
 
 
-def _bound_server(cluster: Cluster, name: str) -> grpc.aio.Server:
-    server = grpc.aio.server(
-        options=_SERVER_OPTIONS, maximum_concurrent_rpcs=cluster.cluster.max_queries + _OTHER_CALLS
+def _bound_server(
+    cluster: Cluster, name: str, probes: health.aio.HealthServicer
+) -> shmcoord.grpc.aio.AioServer:
+    server = shmcoord.grpc.aio.server(
+        node=name,
+        segment=cluster.segment(name),
+        group=cluster.nodes[name].team,
+        endpoint=cluster.endpoint(name),
+        capacity=cluster.capacity(name),
+        weight=cluster.nodes[name].weight,
+        interval_s=cluster.heartbeat_s(name),
+        gauges=("rows",),
+        exclude=_NO_LOAD,
+        health=probes,
+        options=_SERVER_OPTIONS,
+        maximum_concurrent_rpcs=cluster.cluster.max_queries + _OTHER_CALLS,
     )
     try:
         listen(server, cluster, name)
@@ -168,32 +164,13 @@ def _load(cluster: Cluster, name: str) -> Dataset:
     return dataset
 
 
-def _open_segments(
-    stack: contextlib.AsyncExitStack, cluster: Cluster, name: str
-) -> dict[str, shmcoord.Segment]:
+def _open_segments(stack: contextlib.AsyncExitStack, cluster: Cluster, name: str) -> None:
     """This node's segment; the gateway, which routes over all of them, opens all."""
-    segments = {}
     wanted = cluster.segments if name == cluster.leader else (cluster.segment(name),)
     for segment in wanted:
         log.info("Initializing shared memory: %s", segment)
-        segments[segment] = stack.enter_context(shmcoord.Segment.open(segment))
+        stack.enter_context(shmcoord.Segment.open(segment))
     log.info("Shared memory initialized successfully")
-    return segments
-
-
-def _join(cluster: Cluster, name: str, segment: shmcoord.Segment) -> shmcoord.Node:
-    settings = cluster.nodes[name]
-    node = segment.join(
-        name,
-        group=settings.team,
-        endpoint=cluster.endpoint(name),
-        capacity=cluster.capacity(name),
-        weight=settings.weight,
-        interval_s=cluster.heartbeat_s(name),
-        gauges=("rows",),
-    )
-    log.info("Shared memory update thread started")
-    return node
 
 
 async def _gateway(stack: contextlib.AsyncExitStack, cluster: Cluster) -> GatewayService:
@@ -208,6 +185,7 @@ async def _gateway(stack: contextlib.AsyncExitStack, cluster: Cluster) -> Gatewa
             group=team,
             credentials=links.credentials,
             options=[*_PART_OPTIONS, *links.options],
+            adopts=True,
             on_decision=_log_decision,
         )
         teams[team] = pb_grpc.NodeStub(await stack.enter_async_context(channel))
@@ -242,12 +220,12 @@ async def _add_services(
 
 async def _finish(
     cluster: Cluster,
+    server: shmcoord.grpc.aio.AioServer,
     service: NodeService,
     gateway: GatewayService | None,
-    node: shmcoord.Node,
     stop: _Stop,
 ) -> None:
-    """Takes no new work, and waits until the old is done.
+    """Takes no new work, waits until the old is done, and stops the server.
 
     It waits no longer than the grace period, and no longer than until a second signal.
     """
@@ -255,21 +233,12 @@ async def _finish(
     if gateway is not None:
         gateway.draining = True
     log.info("Draining: %d requests are running", service.load.inflight)
-
-    def busy() -> bool:
-        # The node's own count also has leases that were reserved before the drain and whose
-        # requests are still on their way.
-        own = service.calls.open or (gateway is not None and gateway.calls.open)
-        return bool(own or node.inflight)
-
-    await _while(busy, cluster.cluster.grace_s, stop.hurry)
-    if busy():
-        log.warning("Stopping with %d requests unfinished", service.load.inflight)
-
-
-async def _while(busy: Callable[[], bool], limit_s: float, hurry: asyncio.Event) -> None:
-    """Waits as long as something is busy, at most `limit_s`, and not if there is a hurry."""
-    ends = time.monotonic() + limit_s
-    while busy() and not hurry.is_set() and (left_s := ends - time.monotonic()) > 0:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(hurry.wait(), min(_DRAIN_LOOK_S, left_s))
+    hurry = asyncio.create_task(stop.hurry.wait())
+    stopping = asyncio.create_task(server.stop(cluster.cluster.grace_s))
+    try:
+        await asyncio.wait((stopping, hurry), return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            await server.stop(None)
+        await stopping
+    finally:
+        hurry.cancel()

@@ -51,11 +51,7 @@ def time_limit_s(context: grpc.aio.ServicerContext[Any, Any], default_s: float) 
     return min(remaining, LONGEST_S)
 
 
-async def in_time(
-    work: Coroutine[Any, Any, None],
-    limit_s: float,
-    running: "set[asyncio.Future[None]] | None" = None,
-) -> None:
+async def in_time(work: Coroutine[Any, Any, None], limit_s: float) -> None:
     """Does the work of a request, at most for `limit_s` seconds.
 
     A client that does not read would otherwise hold a request, and its lease, for ever.
@@ -63,30 +59,21 @@ async def in_time(
     Args:
         work: the handler's coroutine.
         limit_s: seconds.
-        running: has the work in it while it goes on; who cancels it there stops the request.
 
     Raises:
-        Refusal: DEADLINE_EXCEEDED, or UNAVAILABLE if it was stopped.
+        Refusal: DEADLINE_EXCEEDED.
     """
     task = asyncio.ensure_future(work)
     task.add_done_callback(_looked_at)
-    running = set() if running is None else running
-    running.add(task)
-    late = False
     try:
         done, _ = await asyncio.wait([task], timeout=limit_s)
-        late = not done
     finally:
         if not task.done():
             task.cancel()
             await asyncio.wait([task])
-        running.discard(task)
-    if not task.cancelled():
-        task.result()
-    elif late:
+    if not done:
         raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, f"not done after {limit_s:g} s")
-    else:
-        raise Refusal(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+    task.result()
 
 
 class Writer(Generic[T]):

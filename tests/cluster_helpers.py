@@ -301,3 +301,10 @@ class Teams(dict[str, SimpleNamespace]):
             self[team] = SimpleNamespace(
                 Answer=lambda request, *, timeout=None, team=team: answer(team, request, timeout)
             )
+
+
+def server_of(segment: str) -> shmcoord.grpc.aio.AioServer:
+    """A server as the leader of a cluster has it."""
+    return shmcoord.grpc.aio.server(
+        node="A", segment=segment, group="GREEN", exclude=["/shmcoord.cluster.v1.Gateway/"]
+    )

@@ -24,18 +24,6 @@ async def test_work_that_is_late_ends_and_is_refused():
     assert ended.is_set()
 
 
-async def test_work_that_somebody_stops_is_refused():
-    running: set[asyncio.Future[None]] = set()
-    request = asyncio.create_task(in_time(asyncio.sleep(60), 60, running))
-    await asyncio.sleep(0)
-    for work in running:
-        work.cancel()
-    with pytest.raises(Refusal) as refused:
-        await request
-    assert refused.value.code is grpc.StatusCode.UNAVAILABLE
-    assert not running
-
-
 async def test_what_the_work_raises_is_raised():
     async def work() -> None:
         raise ValueError("no")

@@ -38,6 +38,7 @@ def channel(
     compression: grpc.Compression | None = None,
     interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
     idempotent: Collection[str] = (),
+    adopts: bool = False,
     max_wait_s: float = 3600.0,
     connect_timeout_s: float = 1.0,
     on_decision: OnDecision | None = None,
@@ -57,6 +58,9 @@ def channel(
         interceptors: Of the channels to the nodes: they see each attempt of a call.
         idempotent: Full names of methods (`/package.Service/Method`) that may be executed twice,
             so that a call whose connection breaks is made again elsewhere.
+        adopts: Say True if every node of the group adopts leases, as servers of this package do; a
+            channel learns it of each node from its first response, so only what breaks before that
+            depends on it.
         max_wait_s: How long a call without a deadline waits for capacity, in seconds.
         connect_timeout_s: How long a call waits for the connection to one node, in seconds.
         on_decision: Called with the decision and the lease before each sending, for logs. An error
@@ -73,7 +77,7 @@ def channel(
     used = router if router is not None else own
     assert used is not None
     try:
-        rules = send_rules(used, False, idempotent, None, None)
+        rules = send_rules(used, adopts, idempotent, None, None)
         links: AioLinks[grpc.aio.Channel] = AioLinks(
             lambda link_channel: link_channel,
             credentials=credentials,

@@ -9,6 +9,7 @@ count as what they stand for, callable objects as plain. A wrapper is of the kin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -34,25 +35,29 @@ _KEPT = 1024
 
 
 class _Call:
-    """One call that a handler on the loop serves."""
+    """One call that a handler on the loop serves.
 
-    __slots__ = ("_open", "_request", "failed", "stopped", "task")
+    Attributes:
+        task: Serves it.
+        failed: Whether it is the server's fault how it ended.
+        runs: Whether its handler has not ended.
+        stopped: Whether we have ended it.
+    """
 
-    def __init__(self, request: Request, open_calls: set[_Call]) -> None:
-        self._request: Request | None = request
+    __slots__ = ("_open", "_request", "failed", "runs", "stopped", "task")
+
+    def __init__(self, request: Request | None, open_calls: set[_Call]) -> None:
+        self._request = request  # None: it does not count
         self._open = open_calls
+        self.runs = True
         self.task = asyncio.current_task()
         self.failed = True  # until it is known
         self.stopped = False
         open_calls.add(self)
 
-    @property
-    def runs(self) -> bool:
-        """Whether its handler has not ended."""
-        return self._request is not None
-
     def end(self) -> None:
         """The handler has ended."""
+        self.runs = False
         request, self._request = self._request, None
         if request is not None:
             request.end(failed=self.failed)
@@ -71,6 +76,10 @@ class AioHandlers:
         self._plain = PlainHandlers(membership)
         self._open: set[_Call] = set()
 
+    def counts(self, method: str) -> bool:
+        """Whether requests of a method are the node's load."""
+        return self._membership.place.counts(method)
+
     def idle(self) -> bool:
         """Whether every call has its status."""
         return not self._open and not self._plain.open
@@ -82,40 +91,40 @@ class AioHandlers:
                 call.stopped = True
                 call.task.cancel()
 
-    def wrap(self, handler: Any) -> Any:
-        """Return a handler of the same kind."""
+    def wrap(self, handler: Any, counts: bool = True) -> Any:
+        """Return a handler of the same kind; `counts`: whether its requests are load."""
         make: Any
         if handler.request_streaming and handler.response_streaming:
-            inner = self._streaming(handler.stream_stream)
+            inner = self._streaming(handler.stream_stream, counts)
             make = grpc.stream_stream_rpc_method_handler
         elif handler.request_streaming:
-            inner = self._single(handler.stream_unary)
+            inner = self._single(handler.stream_unary, counts)
             make = grpc.stream_unary_rpc_method_handler
         elif handler.response_streaming:
-            inner = self._streaming(handler.unary_stream)
+            inner = self._streaming(handler.unary_stream, counts)
             make = grpc.unary_stream_rpc_method_handler
         else:
-            inner = self._single(handler.unary_unary)
+            inner = self._single(handler.unary_unary, counts)
             make = grpc.unary_unary_rpc_method_handler
         return make(inner, handler.request_deserializer, handler.response_serializer)
 
-    def _single(self, behavior: _Behavior) -> _Behavior:
+    def _single(self, behavior: _Behavior, counts: bool) -> _Behavior:
         if inspect.iscoroutinefunction(behavior):
-            return self._coroutine(behavior)
-        return PlainUnary(self._plain, behavior)
+            return self._coroutine(behavior, counts)
+        return PlainUnary(self._plain, behavior, counts)
 
-    def _streaming(self, behavior: _Behavior) -> _Behavior:
+    def _streaming(self, behavior: _Behavior, counts: bool) -> _Behavior:
         if inspect.iscoroutinefunction(behavior):
-            return self._coroutine(behavior)
+            return self._coroutine(behavior, counts)
         if inspect.isasyncgenfunction(behavior):
-            return self._generator(behavior)
-        return self._plain.streaming(behavior)
+            return self._generator(behavior, counts)
+        return self._plain.streaming(behavior, counts)
 
-    def _coroutine(self, behavior: _Behavior) -> _Behavior:
+    def _coroutine(self, behavior: _Behavior, counts: bool) -> _Behavior:
         async def serve(request: Any, context: Any) -> Any:
             own = AioContext(context, self._membership)
             try:
-                call = self._begin(own)
+                call = self._begin(own, counts)
             except Refused as refused:
                 await own.abort(*refused.refusal)
                 raise
@@ -132,11 +141,11 @@ class AioHandlers:
 
         return serve
 
-    def _generator(self, behavior: _Behavior) -> _Behavior:
+    def _generator(self, behavior: _Behavior, counts: bool) -> _Behavior:
         async def serve(request: Any, context: Any) -> AsyncIterator[Any]:
             own = AioContext(context, self._membership)
             try:
-                call = self._begin(own)
+                call = self._begin(own, counts)
             except Refused as refused:
                 await own.abort(*refused.refusal)
                 raise
@@ -155,17 +164,20 @@ class AioHandlers:
 
         return serve
 
-    def _begin(self, own: AioContext) -> _Call:
-        """Adopt or begin.
+    def _begin(self, own: AioContext, counts: bool) -> _Call:
+        """Adopt or begin, if it counts.
 
         Raises:
             Refused: Say it to the client.
         """
         membership = self._membership
-        token = lease_token(own)
-        if token is None and membership.draining:
-            raise Refused(membership.refusal())
-        call = _Call(membership.take(token), self._open)
+        request = None
+        if counts:
+            token = lease_token(own)
+            if token is None and membership.draining:
+                raise Refused(membership.refusal())
+            request = membership.take(token)
+        call = _Call(request, self._open)
         own.add_done_callback(call.told)
         served_by.set(membership.place.node)
         note_span(membership.place)
@@ -182,7 +194,9 @@ class AioHandlers:
                 task: Any = call.task
                 if hasattr(task, "uncancel"):  # from Python 3.11
                     task.uncancel()
-                await own.abort(*self._membership.stopping())
+                # Where a response still waits to be read, no status can follow it.
+                with contextlib.suppress(grpc.aio.InternalError):
+                    await own.abort(*self._membership.stopping())
         elif isinstance(error, (Saturated, NoBackend)) and own.code_set is None:
             refused = refusal(error)
             call.failed = is_fault(refused.code)
@@ -210,7 +224,7 @@ class AioInterceptor(grpc.aio.ServerInterceptor):
         kept = self._wrapped.get(method)
         if kept is not None and kept[0] is handler:
             return kept[1]
-        wrapped = self._handlers.wrap(handler)
+        wrapped = self._handlers.wrap(handler, self._handlers.counts(method))
         if len(self._wrapped) < _KEPT or kept is not None:
             self._wrapped[method] = (handler, wrapped)
         return wrapped

@@ -153,6 +153,7 @@ def instrument(
     interval_s: float = 2.0,
     gauges: Iterable[str] = (),
     slow_start_s: float = 0.0,
+    exclude: Iterable[str] = (),
     health: Health | None = None,
 ) -> AioInstrument:
     """Return what makes a `grpc.aio.Server` of your own a node of a segment.
@@ -181,9 +182,20 @@ def instrument(
         interval_s: Heartbeat interval in seconds.
         gauges: Names of the node's gauges; they are named metrics of its load reports as well.
         slow_start_s: For how long routers raise its share from a tenth to all of it, in seconds.
+        exclude: Beginnings of full names (`/package.Service/`) of methods whose requests are not
+            the load that this node publishes; they are also served while it drains.
         health: Is told when the server drains.
     """
     place = Place(
-        node, segment, group, endpoint, capacity, weight, interval_s, gauges, slow_start_s
+        node,
+        segment,
+        group,
+        endpoint,
+        capacity,
+        weight,
+        interval_s,
+        gauges,
+        slow_start_s,
+        tuple(exclude),
     )
     return AioInstrument(place, health)

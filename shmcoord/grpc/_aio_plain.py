@@ -33,8 +33,10 @@ class PlainHandlers:
         # Changed by threads: adding and discarding is one step under the GIL.
         self.open: set[Arrival] = set()
 
-    def arrive(self, context: Any) -> Arrival:
-        """A request that a thread shall begin."""
+    def arrive(self, context: Any, counts: bool) -> Arrival:
+        """A request that a thread shall begin; `counts`: whether it is load."""
+        if not counts:
+            return Arrival(None, True, False)
         token = lease_token(context)
         arrival = Arrival(token, False, token is None and self.membership.draining)
         if token is None and not arrival.refused:
@@ -47,7 +49,8 @@ class PlainHandlers:
         membership = self.membership
         if arrival.refused:
             raise Refused(membership.refusal())
-        arrival.request = membership.take(arrival.token)
+        if not arrival.aside:
+            arrival.request = membership.take(arrival.token)
         self.open.add(arrival)
         if arrival.waits:
             arrival.waits = False
@@ -73,7 +76,7 @@ class PlainHandlers:
         arrival.end(self.membership)
         self.open.discard(arrival)
 
-    def streaming(self, behavior: _Behavior) -> _Behavior:
+    def streaming(self, behavior: _Behavior, counts: bool) -> _Behavior:
         """Wrap a generator function, or one that returns an iterator."""
 
         def responses(arrival: Arrival, request: Any, context: Any) -> Iterator[Any]:
@@ -92,7 +95,7 @@ class PlainHandlers:
                 _reset(before)
 
         def serve(request: Any, context: Any) -> Iterator[Any]:
-            arrival = self.arrive(context)
+            arrival = self.arrive(context, counts)
             found = responses(arrival, request, context)
             # One that no thread ever begins has no end of its own.
             weakref.finalize(found, self.end, arrival).atexit = False
@@ -104,13 +107,14 @@ class PlainHandlers:
 class PlainUnary:
     """A plain function that gives one response, wrapped."""
 
-    def __init__(self, handlers: PlainHandlers, behavior: _Behavior) -> None:
+    def __init__(self, handlers: PlainHandlers, behavior: _Behavior, counts: bool) -> None:
         self.handlers = handlers
+        self.counts = counts
         self._behavior = behavior
 
     def __call__(self, request: Any, context: Any) -> Any:
         """Serve a request that did not come through `PlainExecutor`."""
-        return self.serve(self.handlers.arrive(context), request, context)
+        return self.serve(self.handlers.arrive(context, self.counts), request, context)
 
     def serve(self, arrival: Arrival, request: Any, context: Any) -> Any:
         """Serve a request."""
@@ -142,7 +146,7 @@ class PlainExecutor(Executor):
         if not isinstance(fn, PlainUnary):
             return self._workers.submit(fn, *args, **kwargs)
         handlers = fn.handlers
-        arrival = handlers.arrive(args[1])
+        arrival = handlers.arrive(args[1], fn.counts)
         try:
             future = self._workers.submit(fn.serve, arrival, *args, **kwargs)
         except BaseException:

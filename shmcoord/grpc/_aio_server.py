@@ -182,6 +182,7 @@ def server(
     interval_s: float = 2.0,
     gauges: Iterable[str] = (),
     slow_start_s: float = 0.0,
+    exclude: Iterable[str] = (),
     health: Health | None = None,
     handlers: Sequence[grpc.GenericRpcHandler] | None = None,
     interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None,
@@ -202,6 +203,8 @@ def server(
         interval_s: Heartbeat interval in seconds.
         gauges: Names of the node's gauges; they are named metrics of its load reports as well.
         slow_start_s: For how long routers raise its share from a tenth to all of it, in seconds.
+        exclude: Beginnings of full names (`/package.Service/`) of methods whose requests are not
+            the load that this node publishes; they are also served while it drains.
         health: Is told NOT_SERVING when the server drains.
         handlers: As `grpc.aio.server`.
         interceptors: As `grpc.aio.server`; they run inside of what counts.
@@ -213,7 +216,16 @@ def server(
         ValueError: A number is out of its range.
     """
     place = Place(
-        node, segment, group, endpoint, capacity, weight, interval_s, gauges, slow_start_s
+        node,
+        segment,
+        group,
+        endpoint,
+        capacity,
+        weight,
+        interval_s,
+        gauges,
+        slow_start_s,
+        tuple(exclude),
     )
     plug = AioInstrument(place, health)
     pool = plug.executor(migration_thread_pool)

@@ -43,6 +43,11 @@ class Place(NamedTuple):
     interval_s: float = 2.0
     gauges: Iterable[str] = ()
     slow_start_s: float = 0.0
+    exclude: tuple[str, ...] = ()
+
+    def counts(self, method: str) -> bool:
+        """Whether requests of a method (`/package.Service/Method`) are the node's load."""
+        return not method.startswith(self.exclude)
 
 
 class Refused(Exception):
@@ -64,7 +69,9 @@ class Membership:
     def __init__(self, place: Place, *, join_wait_s: float = 10.0) -> None:
         if isinstance(place.gauges, str):
             raise TypeError("gauges must be several names, not one str")
-        self.place = place._replace(gauges=tuple(place.gauges))
+        if isinstance(place.exclude, str):
+            raise TypeError("exclude must be several beginnings of methods, not one str")
+        self.place = place._replace(gauges=tuple(place.gauges), exclude=tuple(place.exclude))
         self.waiting = Waiting()
         self.draining = False
         self._join_wait_s = join_wait_s

@@ -186,7 +186,6 @@ async def connected(
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
         yield service, pb_grpc.GatewayStub(channel)
-    service.stop()
     await server.stop(0)
 
 
