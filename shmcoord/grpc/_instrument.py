@@ -83,7 +83,7 @@ class Instrument:
             workers = ThreadPoolExecutor(
                 self._membership.place.capacity or 8, thread_name_prefix="shmcoord-worker"
             )
-        return CountingExecutor(self._membership, self._notes, workers)
+        return CountingExecutor(self._notes, workers)
 
     def start(self, endpoint: str | None = None) -> None:
         """Join the segment; call it once the server has started.
@@ -128,7 +128,7 @@ class Instrument:
 
     def idle(self) -> bool:
         """Whether no request waits, runs or is still owed its status, and none is on its way."""
-        return not self._behaviors.open and self._membership.idle()
+        return not self._behaviors.untold and self._membership.idle()
 
     def check_process(self) -> None:
         """Refuse to be used by the child of a fork.
