@@ -101,8 +101,8 @@ class Handlers:
                 self._begin(arrival)
                 yield from behavior(request, context)
                 self._succeed(arrival, context)
-            except GeneratorExit:  # the client is gone
-                arrival.failed = _is_late(context)
+            except GeneratorExit:  # the client is gone, or a response could not be serialized
+                arrival.failed = arrival.failed or _is_late(context)
                 raise
             except BaseException as error:
                 self._fail(arrival, context, error)
