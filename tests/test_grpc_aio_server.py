@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import socket
 import threading
@@ -229,7 +230,8 @@ async def test_plain_handlers_wait_in_the_pool(start: Start, segment: Segment) -
         assert gate.wait(20)
         yield request
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+        stack.callback(gate.set)  # whatever happens
         server, channel = await start(
             migration_thread_pool=pool,
             methods={"Plain": Method(plain), "Each": Method(each, False, True)},
@@ -361,6 +363,8 @@ async def test_faults_of_the_server_count_as_failed(
     call: Any
     if streams:
         call = channel.unary_stream(path("Do"))(b"")
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            assert [response async for response in call] == [b""]
     else:
         call = channel.unary_unary(path("Do"))(b"")
     assert await code_of(call) is code
@@ -471,6 +475,8 @@ async def test_whoever_has_no_answer_is_told_unavailable(start: Start, grace: fl
     calls: list[Any] = [call(b"") for _ in range(3)]
     calls += [channel.unary_stream(path("Each"))(b"") for _ in range(3)]
     await gate.entries(6)
+    for stream in calls[3:]:
+        assert await stream.read() == b""
     codes: list[grpc.StatusCode] = []
     over = asyncio.Event()
 

@@ -57,9 +57,13 @@ class _Call:
         if request is not None:
             request.end(failed=self.failed)
 
-    def told(self, _context: object) -> None:
+    def told(self, context: Any) -> None:
         """gRPC is done with the call: its status was sent, or its client is gone."""
-        self.end()
+        if self._request is not None:
+            # It was given up while gRPC sent a response, and its generator with it.
+            left_s = context.time_remaining()
+            self.failed = left_s is not None and left_s <= 0.0
+            self.end()
         self._open.discard(self)
 
 

@@ -128,7 +128,10 @@ class PlainExecutor(Executor):
         if not isinstance(fn, PlainUnary):
             return self._workers.submit(fn, *args, **kwargs)
         arrival = fn.handlers.arrive(args[1])
-        return self._workers.submit(fn.serve, arrival, *args, **kwargs)
+        future = self._workers.submit(fn.serve, arrival, *args, **kwargs)
+        # One that is cancelled while it waits stays in the queue, with all that it needs.
+        future.add_done_callback(lambda future: arrival.end() if future.cancelled() else None)
+        return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shut the other executor down."""
