@@ -230,15 +230,18 @@ async def test_plain_handlers_wait_in_the_pool(start: Start, segment: Segment) -
         assert gate.wait(20)
         yield request
 
-    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+    pool = ThreadPoolExecutor(1)
+    with contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, wait=False)
         stack.callback(gate.set)  # whatever happens
         server, channel = await start(
             migration_thread_pool=pool,
             methods={"Plain": Method(plain), "Each": Method(each, False, True)},
         )
-        calls = [channel.unary_unary(path("Plain"))(b"x") for _ in range(3)]
+        calls = [channel.unary_unary(path("Plain"))(b"x")]
+        await eventually(lambda: entered.acquire(blocking=False))
+        calls += [channel.unary_unary(path("Plain"))(b"x") for _ in range(2)]
         await eventually(lambda: server.node.waiting == 2)
-        assert entered.acquire(timeout=10)
         streams = [channel.unary_stream(path("Each"))(b"x") for _ in range(2)]
         await eventually(lambda: server.node.waiting == 4)
         assert server.node.inflight == 1
