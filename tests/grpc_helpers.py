@@ -25,12 +25,14 @@ class Method(NamedTuple):
     responses: bool = False
 
 
-def service(**methods: Method) -> grpc.GenericRpcHandler:
+def service(serializer: Any = None, /, **methods: Method) -> grpc.GenericRpcHandler:
     """A service over bytes."""
     return grpc.method_handlers_generic_handler(
         SERVICE,
         {
-            name: _MAKE[method.requests, method.responses](method.behavior)
+            name: _MAKE[method.requests, method.responses](
+                method.behavior, response_serializer=serializer
+            )
             for name, method in methods.items()
         },
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import pytest
 from grpc_helpers import Method, path, service, trailing
-from helpers import wait_until
+from helpers import run, wait_until
 
 import shmcoord.grpc
-from shmcoord import Segment
-from shmcoord.grpc._common import NODE_KEY, served_by
+from shmcoord import NoBackend, NodeExists, Router, Saturated, Segment, State
+from shmcoord.grpc._common import LEASE_KEY, LEASE_LOST_KEY, NODE_KEY, served_by
 
 Start = Callable[..., tuple[Any, grpc.Channel]]
 
@@ -24,9 +27,10 @@ def start(segment: Segment) -> Iterator[Start]:
 
     def begin(workers: int = 2, /, **options: Any) -> tuple[Any, grpc.Channel]:
         methods = options.pop("methods")
+        serializer = options.pop("serializer", None)
         options = {"node": "B", "segment": segment.name, "group": "GREEN", **options}
         server = shmcoord.grpc.server(workers, **options)
-        server.add_generic_rpc_handlers((service(**methods),))
+        server.add_generic_rpc_handlers((service(serializer, **methods),))
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         channel = grpc.insecure_channel(f"127.0.0.1:{port}")
@@ -95,3 +99,498 @@ def test_all_four_kinds(start: Start, segment: Segment) -> None:
     wait_until(lambda: server.node.served == 4)
     assert server.node.inflight == 0
     assert segment.status("B").failed == 0
+
+
+class Gate:
+    """A handler that tells that it runs, and waits to be let go."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.open = threading.Event()
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, request: bytes, context: Any) -> bytes:
+        with self._lock:
+            self.count += 1
+        self.entered.release()
+        assert self.open.wait(20)
+        return request
+
+
+def metadata(token: str) -> tuple[tuple[str, str], ...]:
+    return ((LEASE_KEY, token),)
+
+
+def code_of(call: Any) -> grpc.StatusCode:
+    """The status of a call, however it ended."""
+    try:
+        call.result(20)
+    except grpc.RpcError as error:
+        return error.code()
+    except grpc.FutureCancelledError:
+        return grpc.StatusCode.CANCELLED
+    return grpc.StatusCode.OK
+
+
+def test_what_waits_in_the_executor_is_the_queue(start: Start, segment: Segment) -> None:
+    gate = Gate()
+    server, channel = start(2, methods={"Wait": Method(gate)})
+    call = channel.unary_unary(path("Wait"))
+    calls = [call.future(b"") for _ in range(7)]
+    for _ in range(2):
+        assert gate.entered.acquire(timeout=10)
+    wait_until(lambda: server.node.waiting == 5)
+    status = segment.status("B")
+    assert (status.inflight, status.waiting, status.queue) == (2, 5, 7)
+    gate.open.set()
+    assert [code_of(c) for c in calls] == [grpc.StatusCode.OK] * 7
+    wait_until(lambda: server.node.inflight == 0)
+    assert (server.node.served, server.node.waiting, gate.count) == (7, 0, 7)
+
+
+def test_calls_that_never_start_leave_nothing_behind(start: Start, segment: Segment) -> None:
+    """Ten arrive: one runs, two wait and are cancelled, three wait, four are rejected."""
+    gate = Gate()
+    server, channel = start(1, methods={"Wait": Method(gate)}, maximum_concurrent_rpcs=6)
+    call = channel.unary_unary(path("Wait"))
+    first = call.future(b"")
+    assert gate.entered.acquire(timeout=10)
+    doomed = [call.future(b"") for _ in range(2)]
+    wait_until(lambda: server.node.waiting == 2)
+    rest = [call.future(b"") for _ in range(3)]
+    wait_until(lambda: server.node.waiting == 5)
+    rejected = [call.future(b"") for _ in range(4)]
+    assert [code_of(c) for c in rejected] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 4
+    for c in doomed:
+        c.cancel()
+    assert channel.unary_unary("/grpc.nothing/There").future(b"").code() is not None
+    gate.open.set()
+    assert [code_of(c) for c in (first, *rest)] == [grpc.StatusCode.OK] * 4
+    wait_until(lambda: server.node.waiting == 0 and server.node.inflight == 0)
+    assert gate.count == 4
+    assert (server.node.served, server.node.failed) == (4, 0)
+
+
+def test_a_note_is_never_taken_by_another_call(start: Start) -> None:
+    """What a rejected call left behind, a bad lease token, is not the next call's."""
+    gate = Gate()
+    server, channel = start(1, methods={"Wait": Method(gate)}, maximum_concurrent_rpcs=1)
+    call = channel.unary_unary(path("Wait"))
+    first = call.future(b"")
+    assert gate.entered.acquire(timeout=10)
+    bad = call.future(b"", metadata=metadata("1-1-1-1-1-1"))
+    assert code_of(bad) is grpc.StatusCode.RESOURCE_EXHAUSTED  # by gRPC, before anything of ours
+    gate.open.set()
+    assert code_of(first) is grpc.StatusCode.OK
+    # gRPC counts a call until its pool task has ended, a moment after the client has its answer.
+    wait_until(lambda: code_of(call.future(b"next")) is grpc.StatusCode.OK)
+    wait_until(lambda: server.node.inflight == 0)
+    assert (server.node.served, server.node.refused, server.node.waiting) == (2, 0, 0)
+
+
+def test_a_submit_that_is_no_call_takes_no_note(segment: Segment) -> None:
+    """Whoever gives the executor work of his own, with a call's note at hand, is not counted."""
+    plug = shmcoord.grpc.instrument(
+        node="B", segment=segment.name, group="GREEN", endpoint="local", capacity=1
+    )
+    plug.start()
+    executor = plug.executor()
+    handler = grpc.unary_unary_rpc_method_handler(echo)
+    details = Details(path("Echo"))
+    wrapped = plug.interceptor.intercept_service(lambda _: handler, details)  # type: ignore[arg-type]
+    assert wrapped is not None
+    # The note is there. A call without a handler wipes it, and so does one that raises.
+    plug.interceptor.intercept_service(lambda _: None, details)  # type: ignore[arg-type]
+    entered, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        entered.set()
+        leave.wait(10)
+
+    first, second = executor.submit(work), executor.submit(work)
+    assert entered.wait(10)
+    assert plug.waiting == 0
+    leave.set()
+    first.result(10)
+    second.result(10)
+    executor.shutdown()
+    assert (plug.node.served, plug.node.inflight) == (0, 0)
+    plug.stop()
+
+
+class Details:
+    """What an interceptor gets of a call."""
+
+    def __init__(self, method: str, *metadata: tuple[str, str]) -> None:
+        self.method = method
+        self.invocation_metadata = metadata
+
+
+def test_what_is_thrown_out_of_the_queue_waits_no_longer(segment: Segment) -> None:
+    plug = shmcoord.grpc.instrument(
+        node="B", segment=segment.name, group="GREEN", endpoint="local", capacity=1
+    )
+    plug.start()
+    executor = plug.executor()
+    handler = grpc.unary_unary_rpc_method_handler(echo)
+    gate = threading.Event()
+    for _ in range(4):
+        plug.interceptor.intercept_service(lambda _: handler, Details(path("Echo")))  # type: ignore[arg-type]
+        executor.submit(gate.wait, 10)
+    assert plug.node.waiting == 4  # the first has a worker, but its handler has not begun
+    executor.shutdown(wait=False, cancel_futures=True)
+    wait_until(lambda: plug.node.waiting == 1)
+    gate.set()
+    wait_until(lambda: plug.node.waiting == 0)
+    assert plug.node.served == 0
+    plug.stop()
+
+
+def test_a_lease_is_adopted(start: Start, segment: Segment) -> None:
+    gate = Gate()
+    server, channel = start(1, methods={"Wait": Method(gate)}, capacity=4)
+    call = channel.unary_unary(path("Wait"))
+    with Router(segment.name) as router:
+        leases = [router.acquire("GREEN") for _ in range(3)]
+        calls = [call.future(b"")]
+        assert gate.entered.acquire(timeout=10)
+        calls += [call.future(b"", metadata=metadata(lease.token)) for lease in leases]
+        calls.append(call.future(b""))
+        wait_until(lambda: server.node.waiting == 1)
+        # Those that hold a lease are in flight already, and must not be counted twice.
+        status = segment.status("B")
+        assert (status.inflight, status.waiting) == (4, 1)
+        gate.open.set()
+        assert [code_of(c) for c in calls] == [grpc.StatusCode.OK] * 5
+        wait_until(lambda: server.node.inflight == 0)
+        # Nothing is left to give back: the node has adopted all of them.
+        assert [lease.release() for lease in leases] == [False] * 3
+    assert (server.node.served, server.node.refused, server.node.waiting) == (5, 0, 0)
+
+
+def test_a_lost_lease_is_refused_before_anything_is_done(start: Start, segment: Segment) -> None:
+    executed = []
+    server, channel = start(methods={"Echo": Method(lambda r, c: executed.append(r) or r)})
+    call = channel.unary_unary(path("Echo"))
+    with Router(segment.name) as router:
+        lease = router.acquire("GREEN")
+        lease.release()
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"lost", metadata=metadata(lease.token))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert trailing(caught.value)[LEASE_LOST_KEY] == "1"
+    assert trailing(caught.value)[NODE_KEY] == "B"
+    with pytest.raises(grpc.RpcError) as caught:
+        call(b"nonsense", metadata=metadata("nonsense"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert LEASE_LOST_KEY not in trailing(caught.value)
+    assert executed == []
+    assert call(b"good") == b"good"
+    wait_until(lambda: server.node.served == 1)
+    assert (server.node.inflight, server.node.failed) == (0, 0)
+
+
+def _raises(error: Exception) -> Callable[[bytes, Any], bytes]:
+    def handler(request: bytes, context: Any) -> bytes:
+        raise error
+
+    return handler
+
+
+def _aborts(code: grpc.StatusCode) -> Callable[[bytes, Any], bytes]:
+    def handler(request: bytes, context: Any) -> bytes:
+        context.set_trailing_metadata((("mine", "kept"),))
+        context.abort(code, "no")
+        raise AssertionError
+
+    return handler
+
+
+def _sets(code: grpc.StatusCode) -> Callable[[bytes, Any], bytes]:
+    def handler(request: bytes, context: Any) -> bytes:
+        context.set_code(code)
+        return request
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("handler", "code", "failed"),
+    [
+        (_raises(KeyError("x")), grpc.StatusCode.UNKNOWN, 1),
+        (_aborts(grpc.StatusCode.UNKNOWN), grpc.StatusCode.UNKNOWN, 1),
+        (_aborts(grpc.StatusCode.INTERNAL), grpc.StatusCode.INTERNAL, 1),
+        (_aborts(grpc.StatusCode.DATA_LOSS), grpc.StatusCode.DATA_LOSS, 1),
+        (_aborts(grpc.StatusCode.UNAVAILABLE), grpc.StatusCode.UNAVAILABLE, 1),
+        (_aborts(grpc.StatusCode.DEADLINE_EXCEEDED), grpc.StatusCode.DEADLINE_EXCEEDED, 1),
+        (_sets(grpc.StatusCode.INTERNAL), grpc.StatusCode.INTERNAL, 1),
+        (_aborts(grpc.StatusCode.INVALID_ARGUMENT), grpc.StatusCode.INVALID_ARGUMENT, 0),
+        (_aborts(grpc.StatusCode.NOT_FOUND), grpc.StatusCode.NOT_FOUND, 0),
+        (_aborts(grpc.StatusCode.CANCELLED), grpc.StatusCode.CANCELLED, 0),
+        (_sets(grpc.StatusCode.NOT_FOUND), grpc.StatusCode.NOT_FOUND, 0),
+        (_raises(Saturated("full", 0.25)), grpc.StatusCode.RESOURCE_EXHAUSTED, 0),
+        (_raises(NoBackend("nobody")), grpc.StatusCode.UNAVAILABLE, 1),
+        (lambda request, context: 7, grpc.StatusCode.INTERNAL, 1),  # cannot be serialized
+    ],
+)
+@pytest.mark.parametrize("responses", [False, True])
+def test_faults_of_the_server_count_as_failed(
+    start: Start, handler: Any, code: grpc.StatusCode, failed: int, responses: bool
+) -> None:
+    def stream(request: bytes, context: Any) -> Iterator[Any]:
+        yield handler(request, context)
+
+    server, channel = start(
+        methods={"Do": Method(stream if responses else handler, False, responses)},
+        serializer=bytes_only,
+    )
+    if responses:
+        call: Any = channel.unary_stream(path("Do"))(b"")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+    else:
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary(path("Do"))(b"")
+    assert caught.value.code() is code
+    found = trailing(caught.value)
+    # A stream whose response cannot be serialized is ended by gRPC in the middle.
+    assert found.get(NODE_KEY) == "B" or (responses and code is grpc.StatusCode.INTERNAL)
+    if code is grpc.StatusCode.NOT_FOUND and "mine" in found:
+        assert found["mine"] == "kept"
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        assert found["grpc-retry-pushback-ms"] == "250"
+    wait_until(lambda: server.node.served == 1)
+    assert server.node.failed == failed
+
+
+def bytes_only(response: Any) -> bytes:
+    assert isinstance(response, bytes)
+    return response
+
+
+def test_a_deadline_that_passes_in_the_handler_is_a_fault(start: Start) -> None:
+    """A client that goes for another reason is none."""
+    gate = Gate()
+    server, channel = start(2, methods={"Wait": Method(gate)})
+    call = channel.unary_unary(path("Wait"))
+    late = call.future(b"", timeout=0.2)
+    gone = call.future(b"")
+    assert gate.entered.acquire(timeout=10)
+    assert gate.entered.acquire(timeout=10)
+    assert code_of(late) is grpc.StatusCode.DEADLINE_EXCEEDED
+    gone.cancel()
+    gate.open.set()
+    wait_until(lambda: server.node.served == 2)
+    assert server.node.failed == 1
+
+
+def test_a_stream_that_the_client_leaves_is_ended(start: Start) -> None:
+    closed = threading.Event()
+
+    def endless(request: bytes, context: Any) -> Iterator[bytes]:
+        try:
+            while True:
+                yield b"x"
+        finally:
+            closed.set()
+
+    server, channel = start(1, methods={"Endless": Method(endless, False, True)})
+    stream = channel.unary_stream(path("Endless"))(b"")
+    assert next(stream) == b"x"
+    assert (server.node.inflight, server.node.served) == (1, 0)
+    stream.cancel()
+    assert closed.wait(10)
+    wait_until(lambda: server.node.inflight == 0)
+    assert (server.node.served, server.node.failed) == (1, 0)
+
+
+def test_infrastructure_occupies_no_worker_and_is_not_counted(start: Start) -> None:
+    gate = Gate()
+    server, channel = start(1, methods={"Wait": Method(gate)}, handlers=[infrastructure()])
+    busy = channel.unary_unary(path("Wait")).future(b"")
+    assert gate.entered.acquire(timeout=10)
+    watches = [channel.unary_stream("/grpc.health.v1.Health/Watch")(b"") for _ in range(3)]
+    assert [next(watch) for watch in watches] == [b"serving"] * 3
+    assert (server.node.inflight, server.node.waiting) == (1, 0)
+    for watch in watches:
+        watch.cancel()
+    gate.open.set()
+    assert code_of(busy) is grpc.StatusCode.OK
+    wait_until(lambda: server.node.inflight == 0)
+    assert server.node.served == 1
+
+
+def infrastructure() -> grpc.GenericRpcHandler:
+    """A health service that blocks while it is watched."""
+
+    def watch(request: bytes, context: Any) -> Iterator[bytes]:
+        over = threading.Event()
+        context.add_callback(over.set)
+        yield b"serving"
+        over.wait(20)
+
+    method = grpc.unary_stream_rpc_method_handler(watch)
+    return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Watch": method})
+
+
+def test_draining_serves_leases_of_before_and_refuses_the_rest(
+    start: Start, segment: Segment
+) -> None:
+    """Health is told after DRAINING is published, and the end is SHUTDOWN and an empty slot."""
+    gate = Gate()
+    seen: list[Any] = []
+
+    class Health:
+        def enter_graceful_shutdown(self) -> None:
+            seen.append(segment.status("B").state)
+
+    server, channel = start(2, methods={"Wait": Method(gate)}, health=Health(), capacity=4)
+    node = server.node
+    call = channel.unary_unary(path("Wait"))
+    with Router(segment.name) as router:
+        lease = router.acquire("GREEN")
+        running = call.future(b"")
+        assert gate.entered.acquire(timeout=10)
+        stopped = server.stop(20)
+        assert not stopped.is_set()
+        wait_until(lambda: seen)
+        assert seen == [State.DRAINING]
+        fresh = call.future(b"")
+        assert code_of(fresh) is grpc.StatusCode.UNAVAILABLE
+        assert "draining" in fresh.details()
+        assert gate.count == 1
+        held = call.future(b"", metadata=metadata(lease.token))
+        assert gate.entered.acquire(timeout=10)
+        assert not stopped.wait(0.05)
+        gate.open.set()
+        assert [code_of(c) for c in (running, held)] == [grpc.StatusCode.OK] * 2
+    assert stopped.wait(10)
+    assert server.wait_for_termination(0) is False
+    assert node.left
+    assert node.served == 2
+    assert segment.snapshot() == ()
+
+
+def test_a_lease_that_never_comes_ends_with_the_grace_period(
+    start: Start, segment: Segment
+) -> None:
+    server, _ = start(methods={"Echo": Method(echo)})
+    with Router(segment.name) as router, router.acquire("GREEN"):
+        began = time.monotonic()
+        stopped = server.stop(0.3)
+        assert stopped.wait(10)
+        assert 0.3 <= time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("grace", [None, 0.1])
+def test_whoever_has_no_answer_is_told_unavailable(start: Start, grace: float | None) -> None:
+    """Never CANCELLED, which no client retries: what runs, what waits, what comes meanwhile."""
+    gate = Gate()
+    server, channel = start(2, methods={"Wait": Method(gate)})
+    call = channel.unary_unary(path("Wait"))
+    calls = [call.future(b"") for _ in range(5)]
+    for _ in range(2):
+        assert gate.entered.acquire(timeout=10)
+    wait_until(lambda: server.node.waiting == 3)
+    codes: list[grpc.StatusCode] = []
+    over = threading.Event()
+
+    def arrive() -> None:
+        while not over.is_set():
+            codes.append(code_of(call.future(b"", timeout=5)))
+
+    arriving = threading.Thread(target=arrive)
+    arriving.start()
+    stopped = server.stop(grace)
+    assert stopped.wait(10)
+    assert [code_of(c) for c in calls] == [grpc.StatusCode.UNAVAILABLE] * 5
+    wait_until(lambda: len(codes) > 3)
+    over.set()
+    arriving.join()
+    assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
+    gate.open.set()
+    assert gate.count == 2
+
+
+def test_a_second_stop_shortens_the_first(start: Start) -> None:
+    gate = Gate()
+    server, channel = start(1, methods={"Wait": Method(gate)})
+    call = channel.unary_unary(path("Wait")).future(b"")
+    assert gate.entered.acquire(timeout=10)
+    first = server.stop(60)
+    assert not first.wait(0.05)
+    assert server.wait_for_termination(0.01) is True
+    began = time.monotonic()
+    assert server.stop(None).is_set()
+    assert time.monotonic() - began < 5
+    assert first.is_set()
+    assert code_of(call) is grpc.StatusCode.UNAVAILABLE
+    gate.open.set()
+    assert server.stop(1).is_set()
+
+
+def test_starting_and_stopping_out_of_order(segment: Segment) -> None:
+    def new(node: str = "B", **options: Any) -> Any:
+        return shmcoord.grpc.server(1, node=node, segment=segment.name, group="GREEN", **options)
+
+    never = new()
+    with pytest.raises(ValueError, match="no port"):
+        never.start()
+    with pytest.raises(RuntimeError, match="start it first"):
+        never.node  # noqa: B018
+    assert never.stop(None).is_set()
+    assert segment.snapshot() == ()
+
+    server = new()
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(ValueError, match="already-started"):
+        server.start()
+    other = new("C")
+    with pytest.raises(RuntimeError, match="bind"):
+        other.add_insecure_port(f"127.0.0.1:{port}")
+    other.stop(None)
+
+    twin = new("B")
+    twin_port = twin.add_insecure_port("127.0.0.1:0")
+    with pytest.raises(NodeExists):
+        twin.start()
+    # It is stopped again: nobody listens there.
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", twin_port)):
+        pass
+    assert twin.stop(None).is_set()
+    assert server.node.state is State.IDLE
+    server.stop(None)
+    with pytest.raises(ValueError, match="already-started"):
+        server.start()
+    again = new("B", endpoint="unix:elsewhere")
+    again.add_insecure_port(f"127.0.0.1:{port}")
+    again.start()
+    assert segment.status("B").endpoint == "unix:elsewhere"
+    again.stop(None)
+
+
+def test_the_child_of_a_fork_cannot_stop_the_server(name: str) -> None:
+    said = run(
+        """
+import warnings
+warnings.simplefilter("ignore")
+import shmcoord.grpc
+server = shmcoord.grpc.server(1, node="B", segment=name, group="G")
+server.add_insecure_port("127.0.0.1:0")
+server.start()
+def child():
+    try:
+        server.stop(None)
+    except ForkedHandle as error:
+        return 7
+pid = forked(child)
+say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), Segment.attach(name).status("B").state.name)
+server.stop(None)
+say("stopped")
+Segment.unlink(name)
+""",
+        name,
+    )
+    assert said.split() == ["7", "IDLE", "stopped"]

@@ -62,9 +62,13 @@ class _Call:
         if request is not None:
             request.end(failed=self.failed)
 
-    def told(self, _context: object) -> None:
+    def told(self, context: Any) -> None:
         """gRPC is done with the call: its status was sent, or its client is gone."""
-        self.end()
+        if self._request is not None:
+            # It was given up while gRPC sent a response, and its generator with it.
+            left_s = context.time_remaining()
+            self.failed = left_s is not None and left_s <= 0.0
+            self.end()
         self._open.discard(self)
 
 
@@ -78,7 +82,7 @@ class AioHandlers:
 
     def counts(self, method: str) -> bool:
         """Whether requests of a method are the node's load."""
-        return self._membership.place.counts(method)
+        return self._membership.counts(method)
 
     def idle(self) -> bool:
         """Whether every call has its status."""

@@ -196,6 +196,6 @@ def instrument(
         interval_s,
         gauges,
         slow_start_s,
-        tuple(exclude),
+        exclude,
     )
     return AioInstrument(place, health)

@@ -7,7 +7,6 @@ from when the loop has called it, until a thread begins.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -31,31 +30,20 @@ class PlainHandlers:
     def __init__(self, membership: Membership) -> None:
         self.membership = membership
         # Changed by threads: adding and discarding is one step under the GIL.
-        self.open: set[Arrival] = set()
+        self.open: set[int] = set()
 
     def arrive(self, context: Any, counts: bool) -> Arrival:
         """A request that a thread shall begin; `counts`: whether it is load."""
-        if not counts:
-            return Arrival(None, True, False)
-        token = lease_token(context)
-        arrival = Arrival(token, False, token is None and self.membership.draining)
-        if token is None and not arrival.refused:
-            arrival.waits = True
-            self.membership.waiting.more()
+        token = lease_token(context) if counts else None
+        arrival = Arrival(self.membership, token, aside=not counts)
+        arrival.wait()
         return arrival
 
     def begin(self, arrival: Arrival) -> None:
         """Adopt or begin; the request then waits no longer."""
-        membership = self.membership
-        if arrival.refused:
-            raise Refused(membership.refusal())
-        if not arrival.aside:
-            arrival.request = membership.take(arrival.token)
-        self.open.add(arrival)
-        if arrival.waits:
-            arrival.waits = False
-            membership.waiting.less()
-        note_span(membership.place)
+        arrival.begin()
+        self.open.add(id(arrival))
+        note_span(self.membership.place)
 
     def fail(self, arrival: Arrival, own: PlainContext, error: BaseException) -> None:
         """Judge what a handler raised, and say it to the client if it is ours to say."""
@@ -73,8 +61,8 @@ class PlainHandlers:
 
     def end(self, arrival: Arrival) -> None:
         """End whatever was begun."""
-        arrival.end(self.membership)
-        self.open.discard(arrival)
+        arrival.end()
+        self.open.discard(id(arrival))
 
     def streaming(self, behavior: _Behavior, counts: bool) -> _Behavior:
         """Wrap a generator function, or one that returns an iterator."""
@@ -95,11 +83,7 @@ class PlainHandlers:
                 _reset(before)
 
         def serve(request: Any, context: Any) -> Iterator[Any]:
-            arrival = self.arrive(context, counts)
-            found = responses(arrival, request, context)
-            # One that no thread ever begins has no end of its own.
-            weakref.finalize(found, self.end, arrival).atexit = False
-            return found
+            return responses(self.arrive(context, counts), request, context)
 
         return serve
 
@@ -145,19 +129,10 @@ class PlainExecutor(Executor):
         """Run a function; one that is a handler waits until it begins."""
         if not isinstance(fn, PlainUnary):
             return self._workers.submit(fn, *args, **kwargs)
-        handlers = fn.handlers
-        arrival = handlers.arrive(args[1], fn.counts)
-        try:
-            future = self._workers.submit(fn.serve, arrival, *args, **kwargs)
-        except BaseException:
-            handlers.end(arrival)
-            raise
-
-        def unserved(future: Future[Any]) -> None:
-            if future.cancelled():
-                handlers.end(arrival)
-
-        future.add_done_callback(unserved)
+        arrival = fn.handlers.arrive(args[1], fn.counts)
+        future = self._workers.submit(fn.serve, arrival, *args, **kwargs)
+        # One that is cancelled while it waits stays in the queue, with all that it needs.
+        future.add_done_callback(lambda future: arrival.end() if future.cancelled() else None)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

@@ -225,7 +225,7 @@ def server(
         interval_s,
         gauges,
         slow_start_s,
-        tuple(exclude),
+        exclude,
     )
     plug = AioInstrument(place, health)
     pool = plug.executor(migration_thread_pool)

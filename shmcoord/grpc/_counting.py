@@ -14,8 +14,8 @@ same thread either rejects the call or gives it to the executor. So:
 A call that is rejected (no such method, `maximum_concurrent_rpcs`) is never submitted. Its note is
 wiped by the next call, before anything else of that call happens.
 
-Infrastructure (health, reflection, reports) runs on a small pool of its own and is not counted: a
-client that watches the health must not occupy a worker.
+Infrastructure (health, reflection, reports), and methods that are excluded, run on a small pool of
+their own and are not counted: a client that watches the health must not occupy a worker.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from shmcoord.grpc._common import LEASE_KEY, is_infrastructure
+from shmcoord.grpc._membership import Membership, Refused
 
 if TYPE_CHECKING:
     from shmcoord.grpc._handlers import Handlers
-    from shmcoord.grpc._membership import Membership
     from shmcoord.node import Request
 
 __all__ = ["Arrival", "CountingExecutor", "CountingInterceptor", "Notes"]
@@ -43,26 +43,57 @@ _KEPT = 1024
 
 
 class Arrival:
-    """One call that has arrived: what it needs until its end."""
+    """One call that has arrived, until its end.
 
-    __slots__ = ("aside", "failed", "refused", "request", "token", "waits")
+    It ends by itself when nobody holds it any more: a call that is thrown out of the executor's
+    queue leaves nothing behind.
+    """
 
-    def __init__(self, token: str | None, aside: bool, refused: bool) -> None:
+    __slots__ = ("aside", "failed", "membership", "refused", "request", "token", "waits")
+
+    def __init__(self, membership: Membership, token: str | None, *, aside: bool = False) -> None:
+        self.membership = membership
         self.token = token
-        self.aside = aside  # runs beside the workers, and is not counted
-        self.refused = refused  # came without lease while the server drained
+        # It came without lease while the server drained.
+        self.refused = membership.draining and token is None and not aside
+        # It runs beside the workers, and is not counted.
+        self.aside = aside or self.refused
         self.waits = False
         self.request: Request | None = None
         self.failed = False
 
-    def end(self, membership: Membership) -> None:
-        """End what was counted; whatever happened before."""
+    def wait(self) -> None:
+        """Count it among what waits; one with a lease is counted by that already."""
+        if self.token is None and not self.aside:
+            self.waits = True
+            self.membership.waiting.add(id(self))
+
+    def begin(self) -> None:
+        """Adopt its lease, or begin a request without, if it counts; it then waits no longer.
+
+        Raises:
+            Refused: Say it to the client.
+        """
+        if self.refused:
+            raise Refused(self.membership.refusal())
+        if not self.aside:
+            self.request = self.membership.take(self.token)
         if self.waits:
             self.waits = False
-            membership.waiting.less()
-        if self.request is not None:
-            self.request.end(failed=self.failed)
+            self.membership.waiting.discard(id(self))
+
+    def end(self) -> None:
+        """End what was counted, whatever happened before; nothing happens the second time."""
+        if self.waits:
+            self.waits = False
+            self.membership.waiting.discard(id(self))
+        request = self.request
+        if request is not None:
             self.request = None
+            request.end(failed=self.failed)
+
+    def __del__(self) -> None:
+        self.end()
 
 
 class Notes(threading.local):
@@ -96,15 +127,14 @@ class CountingInterceptor(grpc.ServerInterceptor):
         if handler is None:
             return None
         method = details.method
-        if is_infrastructure(method):
-            notes.arrived = Arrival(None, True, False)
+        if is_infrastructure(method) or not self._membership.counts(method):
+            notes.arrived = Arrival(self._membership, None, aside=True)
             return handler
         token = None
         for key, value in details.invocation_metadata or ():
             if key == LEASE_KEY:
                 token = value if isinstance(value, str) else value.decode("ascii", "replace")
-        refused = token is None and self._membership.draining
-        notes.arrived = Arrival(token, refused, refused)
+        notes.arrived = Arrival(self._membership, token)
         kept = self._wrapped.get(method)
         if kept is not None and kept[0] is handler:
             return kept[1]
@@ -118,14 +148,12 @@ class CountingExecutor(ThreadPoolExecutor):
     """Runs the calls of a server in another executor, and counts them.
 
     Args:
-        membership: Where they are counted.
         notes: Shared with the interceptor and the handlers.
         workers: The executor that runs them.
     """
 
-    def __init__(self, membership: Membership, notes: Notes, workers: Executor) -> None:
+    def __init__(self, notes: Notes, workers: Executor) -> None:
         super().__init__(_ASIDE_WORKERS, thread_name_prefix="shmcoord-aside")
-        self._membership = membership
         self._notes = notes
         self._workers = workers
 
@@ -136,21 +164,8 @@ class CountingExecutor(ThreadPoolExecutor):
             return self._workers.submit(fn, *args, **kwargs)
         if arrival.aside:
             return super().submit(self._serve, arrival, fn, args, kwargs)
-        if arrival.token is None:
-            arrival.waits = True
-            self._membership.waiting.more()
-        try:
-            future = self._workers.submit(self._serve, arrival, fn, args, kwargs)
-        except BaseException:
-            arrival.end(self._membership)
-            raise
-        future.add_done_callback(lambda future: self._unserved(future, arrival))
-        return future
-
-    def _unserved(self, future: Future[Any], arrival: Arrival) -> None:
-        """One that was thrown out of the queue never runs."""
-        if future.cancelled():
-            arrival.end(self._membership)
+        arrival.wait()
+        return self._workers.submit(self._serve, arrival, fn, args, kwargs)
 
     def _serve(
         self,
@@ -164,7 +179,7 @@ class CountingExecutor(ThreadPoolExecutor):
             return fn(*args, **kwargs)
         finally:
             self._notes.current = None
-            arrival.end(self._membership)
+            arrival.end()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shut both pools down."""

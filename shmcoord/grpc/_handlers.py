@@ -26,8 +26,9 @@ class Handlers:
     def __init__(self, membership: Membership, notes: Notes) -> None:
         self._membership = membership
         self._notes = notes
-        # Calls whose status is not sent yet. Adding and discarding is one step under the GIL.
-        self.open: set[Arrival] = set()
+        # Calls that ended while the server drains and whose status is not sent yet. Adding and
+        # discarding is one step each under the GIL.
+        self.untold: set[object] = set()
 
     def wrap(self, handler: Any) -> Any:
         """Return a handler of the same kind."""
@@ -80,7 +81,7 @@ class Handlers:
         def serve(request: Any, context: Any) -> Any:
             arrival, alone = self._arrival(context)
             try:
-                self._begin(arrival, context)
+                self._begin(arrival)
                 response = behavior(request, context)
                 self._succeed(arrival, context)
                 return response
@@ -97,11 +98,11 @@ class Handlers:
         def serve(request: Any, context: Any) -> Iterator[Any]:
             arrival, alone = self._arrival(context)
             try:
-                self._begin(arrival, context)
+                self._begin(arrival)
                 yield from behavior(request, context)
                 self._succeed(arrival, context)
-            except GeneratorExit:  # the client is gone
-                arrival.failed = _is_late(context)
+            except GeneratorExit:  # the client is gone, or a response could not be serialized
+                arrival.failed = arrival.failed or _is_late(context)
                 raise
             except BaseException as error:
                 self._fail(arrival, context, error)
@@ -118,35 +119,23 @@ class Handlers:
         if arrival is not None:
             return arrival, False
         # It did not come through our executor: the handler has a pool of its own.
-        token = lease_token(context)
-        arrival = Arrival(token, False, token is None and self._membership.draining)
-        self._notes.current = arrival
+        arrival = self._notes.current = Arrival(self._membership, lease_token(context))
         return arrival, True
 
     def _end(self, arrival: Arrival) -> None:
         self._notes.current = None
-        arrival.end(self._membership)
+        arrival.end()
 
-    def _begin(self, arrival: Arrival, context: Any) -> None:
-        """Adopt or begin; the request then waits no longer."""
-        self.open.add(arrival)
-        if not context.add_callback(lambda: self.open.discard(arrival)):
-            self.open.discard(arrival)
-        membership = self._membership
-        if arrival.refused:
-            raise Refused(membership.refusal())
-        arrival.request = membership.take(arrival.token)
-        if arrival.waits:
-            arrival.waits = False
-            membership.waiting.less()
-        served_by.set(membership.place.node)
-        note_span(membership.place)
+    def _begin(self, arrival: Arrival) -> None:
+        arrival.begin()
+        place = self._membership.place
+        served_by.set(place.node)
+        note_span(place)
 
     def _succeed(self, arrival: Arrival, context: Any) -> None:
         """The handler is done; it may have set a status of its own."""
         arrival.failed = is_fault(context.code()) or _is_late(context)
-        theirs = context.trailing_metadata()
-        context.set_trailing_metadata(self._membership.merged(theirs))
+        self._finish(context)
 
     def _fail(self, arrival: Arrival, context: Any, error: BaseException) -> None:
         """Judge what a handler raised, and say it to the client if it is ours to say.
@@ -165,8 +154,17 @@ class Handlers:
             else:
                 code = context.code()
                 arrival.failed = code is None or is_fault(code) or _is_late(context)
-            theirs = context.trailing_metadata()
-            context.set_trailing_metadata(self._membership.merged(theirs))
+            self._finish(context)
+
+    def _finish(self, context: Any) -> None:
+        """The status comes next: add to its metadata, and let the end of the server wait for it."""
+        membership = self._membership
+        context.set_trailing_metadata(membership.merged(context.trailing_metadata()))
+        if membership.draining:
+            untold, this = self.untold, object()
+            untold.add(this)
+            if not context.add_callback(lambda: untold.discard(this)):
+                untold.discard(this)
 
 
 def _abort(context: Any, refused: Refusal) -> None:

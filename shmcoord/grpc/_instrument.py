@@ -83,7 +83,7 @@ class Instrument:
             workers = ThreadPoolExecutor(
                 self._membership.place.capacity or 8, thread_name_prefix="shmcoord-worker"
             )
-        return CountingExecutor(self._membership, self._notes, workers)
+        return CountingExecutor(self._notes, workers)
 
     def start(self, endpoint: str | None = None) -> None:
         """Join the segment; call it once the server has started.
@@ -128,7 +128,7 @@ class Instrument:
 
     def idle(self) -> bool:
         """Whether no request waits, runs or is still owed its status, and none is on its way."""
-        return not self._behaviors.open and self._membership.idle()
+        return not self._behaviors.untold and self._membership.idle()
 
     def check_process(self) -> None:
         """Refuse to be used by the child of a fork.
@@ -154,6 +154,7 @@ def instrument(
     interval_s: float = 2.0,
     gauges: Iterable[str] = (),
     slow_start_s: float = 0.0,
+    exclude: Iterable[str] = (),
     health: Health | None = None,
 ) -> Instrument:
     """Return what makes a server of your own a node of a segment.
@@ -182,9 +183,20 @@ def instrument(
         interval_s: Heartbeat interval in seconds.
         gauges: Names of the node's gauges; they are named metrics of its load reports as well.
         slow_start_s: For how long routers raise its share from a tenth to all of it, in seconds.
+        exclude: Beginnings of full names (`/package.Service/`) of methods whose requests are not
+            the load that this node publishes; they run beside the workers, also while it drains.
         health: Is told when the server drains.
     """
     place = Place(
-        node, segment, group, endpoint, capacity, weight, interval_s, gauges, slow_start_s
+        node,
+        segment,
+        group,
+        endpoint,
+        capacity,
+        weight,
+        interval_s,
+        gauges,
+        slow_start_s,
+        exclude,
     )
     return Instrument(place, health)

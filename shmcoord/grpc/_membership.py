@@ -43,11 +43,7 @@ class Place(NamedTuple):
     interval_s: float = 2.0
     gauges: Iterable[str] = ()
     slow_start_s: float = 0.0
-    exclude: tuple[str, ...] = ()
-
-    def counts(self, method: str) -> bool:
-        """Whether requests of a method (`/package.Service/Method`) are the node's load."""
-        return not method.startswith(self.exclude)
+    exclude: Iterable[str] = ()
 
 
 class Refused(Exception):
@@ -71,7 +67,8 @@ class Membership:
             raise TypeError("gauges must be several names, not one str")
         if isinstance(place.exclude, str):
             raise TypeError("exclude must be several beginnings of methods, not one str")
-        self.place = place._replace(gauges=tuple(place.gauges), exclude=tuple(place.exclude))
+        self.place = place._replace(gauges=tuple(place.gauges))
+        self._excluded = tuple(place.exclude)
         self.waiting = Waiting()
         self.draining = False
         self._join_wait_s = join_wait_s
@@ -105,6 +102,10 @@ class Membership:
     def reporter(self) -> LoadReporter | None:
         """Its load reports, once it has joined."""
         return self._reporter
+
+    def counts(self, method: str) -> bool:
+        """Whether requests of a method (`/package.Service/Method`) are the node's load."""
+        return not method.startswith(self._excluded)
 
     def join(self, endpoint: str) -> None:
         """Join the segment.

@@ -190,6 +190,7 @@ def server(
     interval_s: float = 2.0,
     gauges: Iterable[str] = (),
     slow_start_s: float = 0.0,
+    exclude: Iterable[str] = (),
     health: Health | None = None,
     handlers: Sequence[grpc.GenericRpcHandler] | None = None,
     interceptors: Sequence[grpc.ServerInterceptor] | None = None,
@@ -210,6 +211,8 @@ def server(
         interval_s: Heartbeat interval in seconds.
         gauges: Names of the node's gauges; they are named metrics of its load reports as well.
         slow_start_s: For how long routers raise its share from a tenth to all of it, in seconds.
+        exclude: Beginnings of full names (`/package.Service/`) of methods whose requests are not
+            the load that this node publishes; they run beside the workers, also while it drains.
         health: Is told NOT_SERVING when the server drains.
         handlers: As `grpc.server`.
         interceptors: As `grpc.server`; they run inside of what counts.
@@ -223,7 +226,16 @@ def server(
     if capacity is None:
         capacity = executor_workers
     place = Place(
-        node, segment, group, endpoint, capacity, weight, interval_s, gauges, slow_start_s
+        node,
+        segment,
+        group,
+        endpoint,
+        capacity,
+        weight,
+        interval_s,
+        gauges,
+        slow_start_s,
+        exclude,
     )
     plug = Instrument(place, health)
     workers = ThreadPoolExecutor(executor_workers, thread_name_prefix="shmcoord-worker")

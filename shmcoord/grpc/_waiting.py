@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from typing import TYPE_CHECKING
 
 from shmcoord.errors import ShmcoordError
@@ -15,42 +13,44 @@ __all__ = ["Waiting"]
 
 
 class Waiting:
-    """A counter that threads move, and that a node shows.
+    """What waits, changed by any thread, and shown as the number that a node stores.
 
-    `Node.waiting` is one number that is stored. So whoever moves the counter stores it as well
-    before the next one may move it: the last store is always the newest number.
+    No lock: adding and discarding is one step each under the GIL, and whoever stores the number
+    looks afterwards whether it is still right, and stores again if not. So the last store is right
+    as long as nothing changes, and whoever changes something stores after that. (A lock would be
+    the one thing for which the serving thread and the workers wait for each other.)
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
+        self._all: set[object] = set()
         self._node: Node | None = None
 
     @property
     def count(self) -> int:
         """How many wait."""
-        return self._count
+        return len(self._all)
 
     def show_by(self, node: Node | None) -> None:
         """Store the number in this node from now on; None: nowhere."""
-        with self._lock:
-            self._node = node
-            self._store()
+        self._node = node
+        self._show()
 
-    def more(self) -> None:
+    def add(self, request: object) -> None:
         """Count one that begins to wait."""
-        with self._lock:
-            self._count += 1
-            self._store()
+        self._all.add(request)
+        self._show()
 
-    def less(self) -> None:
-        """Count one that waits no longer."""
-        with self._lock:
-            self._count -= 1
-            self._store()
+    def discard(self, request: object) -> None:
+        """Count one that waits no longer; nothing happens if it did not wait."""
+        self._all.discard(request)
+        self._show()
 
-    def _store(self) -> None:
-        if self._node is not None:
-            # It may have left, or belong to the parent of a fork: then nobody looks at it.
-            with contextlib.suppress(ValueError, ShmcoordError):
-                self._node.waiting = self._count
+    def _show(self) -> None:
+        while (node := self._node) is not None:
+            count = len(self._all)
+            try:
+                node.waiting = count
+            except (ValueError, ShmcoordError):
+                return  # it has left, or is the parent's since a fork: nobody looks at it
+            if len(self._all) == count:
+                return
