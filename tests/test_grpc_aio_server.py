@@ -591,3 +591,44 @@ async def test_a_server_of_ones_own(segment: Segment) -> None:
     plug.stop()
     plug.stop()
     assert segment.snapshot() == ()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+async def test_excluded_methods_are_no_load_but_their_end_is_waited_for(
+    start: Start, segment: Segment, plain: bool
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    seen = []
+
+    def note() -> None:
+        status = segment.status("B")
+        seen.append((status.inflight, status.waiting, status.state))
+        entered.set()
+
+    async def ask(request: bytes, context: Any) -> bytes:
+        note()
+        while not leave.is_set():
+            await asyncio.sleep(0.005)
+        return request
+
+    def ask_plainly(request: bytes, context: Any) -> bytes:
+        note()
+        assert leave.wait(10)
+        return request
+
+    server, channel = await start(
+        methods={"Ask": Method(ask_plainly if plain else ask)}, exclude=[path("As")]
+    )
+    call = channel.unary_unary(path("Ask"))(b"x")
+    await eventually(entered.is_set)
+    stopping = asyncio.create_task(server.stop(30))
+    await eventually(lambda: segment.status("B").state is State.DRAINING)
+    assert not stopping.done()
+    entered.clear()
+    second = channel.unary_unary(path("Ask"))(b"y")
+    await eventually(entered.is_set)
+    leave.set()
+    assert (await call, await second) == (b"x", b"y")
+    await stopping
+    assert seen == [(0, 0, State.IDLE), (0, 0, State.DRAINING)]
+    assert server.node.served == 0

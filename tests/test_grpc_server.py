@@ -594,3 +594,30 @@ Segment.unlink(name)
         name,
     )
     assert said.split() == ["7", "IDLE", "stopped"]
+
+
+def test_excluded_methods_are_no_load_and_go_on_while_it_drains(
+    start: Start, segment: Segment
+) -> None:
+    seen = []
+
+    def ask(request: bytes, context: Any) -> bytes:
+        status = segment.status("B")
+        seen.append((status.inflight, status.waiting, status.state))
+        return request
+
+    server, channel = start(
+        methods={"Echo": Method(echo), "Ask": Method(ask)}, exclude=[path("As")]
+    )
+    call, echoed = channel.unary_unary(path("Ask")), channel.unary_unary(path("Echo"))
+    assert call(b"x") == b"x"
+    assert echoed(b"x") == b"x"
+    server._plug.drain()
+    assert call(b"x") == b"x"
+    with pytest.raises(grpc.RpcError) as refused:
+        echoed(b"x")
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert seen == [(0, 0, State.IDLE), (0, 0, State.DRAINING)]
+    wait_until(lambda: server.node.served == 1)
+    with pytest.raises(TypeError, match="exclude"):
+        shmcoord.grpc.server(node="C", segment=segment.name, group="GREEN", exclude="/a/")
