@@ -45,9 +45,9 @@ METHODS = tuple(f"/{SERVICE}/{name}" for name in ("Say", "Count", "Gather", "Cha
 class Node:
     """One node with a threaded server; requests say what it does.
 
-    Unary requests: "hold" waits for `release`, the name of a status code aborts with it, "die"
-    stops the server under the request, anything else is answered in upper case. `Count` answers so
-    many numbers, and waits behind the last one for "N+".
+    Unary requests: "hold" waits for `release`, the name of a status code aborts with it, "before"
+    does so with UNAVAILABLE ahead of the lease, all else is answered in upper case. `Count` answers
+    so many numbers; behind the last one "N+" waits, "N!" aborts with UNAVAILABLE.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class Link:
     Attributes:
         endpoint: Where it leads.
         face: What the pool's `dress` made of the channel.
-        calls: How many calls use it; guarded by the pool's lock.
+        users: One entry for each call that uses it.
         ready: Whether it is connected.
         spent: Whether its connection has ended or could not be made: it never will be ready.
         state: What gRPC said last.
@@ -43,7 +43,6 @@ class Link:
         "_on_change",
         "_settled",
         "adopts",
-        "calls",
         "endpoint",
         "face",
         "lessons",
@@ -51,6 +50,7 @@ class Link:
         "ready",
         "spent",
         "state",
+        "users",
     )
 
     def __init__(
@@ -58,7 +58,9 @@ class Link:
     ) -> None:
         self.endpoint = endpoint
         self.face = face
-        self.calls = 0
+        # Who calls appends first and looks at `ready` then; who closes has set `spent` first
+        # and looks for users then: one of them sees the other. Appending and popping are atomic.
+        self.users: list[None] = []
         self.ready = False
         self.spent = False
         self.state = grpc.ChannelConnectivity.IDLE
@@ -153,12 +155,12 @@ class LinkPool:
             compression: Of what is sent.
         """
         self.on_change: Callable[[], object] = _nobody
+        self.current: dict[str, Link] = {}  # changed under the lock, read without
         self._dress = dress
         self._credentials = credentials
         self._options = tuple({**OPTIONS, **dict(options)}.items())
         self._compression = compression
         self._lock = threading.RLock()  # a collected call comes here from anywhere
-        self._current: dict[str, Link] = {}
         self._open: set[Link] = set()
         self._closed = False
 
@@ -168,36 +170,44 @@ class LinkPool:
         Raises:
             RuntimeError: The pool is closed.
         """
+        link = self.current.get(endpoint)
+        if link is not None:
+            link.users.append(None)
+            if link.ready:
+                return link
+            self.give_back(link)
         old: Link | None = None
         with self._lock:
-            link = self._current.get(endpoint)
+            link = self.current.get(endpoint)
             if link is None or link.spent:
                 if self._closed:
                     raise RuntimeError("the transport is closed")
-                if link is not None and link.calls == 0:
+                if link is not None and not link.users:
                     old = link
                     self._open.discard(old)
                 link = self._make(endpoint)
-            link.calls += 1
+            link.users.append(None)
         if old is not None:
             old.close_later()
         return link
 
     def give_back(self, link: Link) -> None:
         """Take the link back after a call, and close it if its connection has ended."""
+        link.users.pop()
+        if not link.spent or link.users:
+            return
         with self._lock:
-            link.calls -= 1
-            if not link.spent or link.calls or link not in self._open:
+            if link.users or link not in self._open:
                 return
             self._open.discard(link)
-            if self._current.get(link.endpoint) is link:
-                del self._current[link.endpoint]
+            if self.current.get(link.endpoint) is link:
+                del self.current[link.endpoint]
         link.close_later()
 
     def links(self) -> list[Link]:
         """Return the current link to each endpoint that was called."""
         with self._lock:
-            return list(self._current.values())
+            return list(self.current.values())
 
     def open_links(self) -> int:
         """Return how many channels are open."""
@@ -234,7 +244,7 @@ class LinkPool:
             self._closed = True
             links = list(self._open)
             self._open.clear()
-            self._current.clear()
+            self.current.clear()
         return links
 
     def _make(self, endpoint: str) -> Link:
@@ -246,7 +256,7 @@ class LinkPool:
                 endpoint, self._credentials, self._options, self._compression
             )
         link = Link(endpoint, channel, self._dress(channel), self._changed)
-        self._current[endpoint] = link
+        self.current[endpoint] = link
         self._open.add(link)
         return link
 
