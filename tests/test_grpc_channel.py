@@ -141,6 +141,13 @@ def test_served_by_names_the_node_of_the_last_call(cluster: Cluster, stub: Stub)
     stub.Say("x")
     assert served_by.get() == "B"
     cluster.add("C", capacity=1)
+    nodes = set()
+    for _ in range(30):  # both idle: chance decides
+        stub.Say("x")
+        nodes.add(served_by.get())
+        if len(nodes) == 2:
+            break
+    assert nodes == {"B", "C"}
     held = stub.Say.future("hold")
     first = served_by.get()
     stub.Say("x")

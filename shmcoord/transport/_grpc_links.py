@@ -7,6 +7,7 @@ call makes a new link; the old one is closed as soon as the calls on it have end
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = ["Link", "LinkPool"]
 
 # Responses without the key that tells of adopting nodes, after which a link is not asked any more.
 _LESSONS = 16
+# gRPC's thread that watches a channel's state sees after 0.2 s that nobody is subscribed.
+_WATCH_ENDS_S = 0.3
 
 
 class Link:
@@ -110,8 +113,14 @@ class Link:
         self._channel.close()
 
     def close_later(self) -> None:
-        """Close the channel without waiting for gRPC's watching thread, which takes 0.2 s."""
-        threading.Thread(target=self.close, name="shmcoord-close", daemon=True).start()
+        """Close a channel that nobody uses any more, on a thread of its own."""
+        threading.Thread(target=self._close_unused, name="shmcoord-close", daemon=True).start()
+
+    def _close_unused(self) -> None:
+        self._channel.unsubscribe(self._on_state)
+        # gRPC's watching thread must have gone, or it finds a closed channel and raises.
+        time.sleep(_WATCH_ENDS_S)
+        self.close()
 
     def _on_state(self, state: grpc.ChannelConnectivity) -> None:
         with self._changed:
