@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
-from grpc_cluster import GROUP, SERVICE, Cluster, Stub
+from grpc_cluster import GROUP, SERVICE, Cluster, Stub, close_soon, none_held
 from helpers import wait_until
 
 import shmcoord.grpc
@@ -25,18 +25,14 @@ def cluster(name: str) -> Iterator[Cluster]:
 
 @pytest.fixture
 def channel(cluster: Cluster) -> Iterator[grpc.Channel]:
-    with shmcoord.grpc.channel(cluster.name, group=GROUP) as channel:
-        yield channel
+    channel = shmcoord.grpc.channel(cluster.name, group=GROUP)
+    yield channel
+    close_soon(channel)
 
 
 @pytest.fixture
 def stub(channel: grpc.Channel) -> Stub:
     return Stub(channel)
-
-
-def none_held(cluster: Cluster) -> None:
-    """The client gives back when the call ends, the node when its handler does: a moment later."""
-    wait_until(lambda: cluster.held() == 0)
 
 
 def test_all_kinds_of_call(cluster: Cluster, stub: Stub) -> None:

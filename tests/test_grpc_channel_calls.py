@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.experimental
 import pytest
-from grpc_cluster import GROUP, SERVICE, Cluster, Node, Stub
+from grpc_cluster import GROUP, SERVICE, Cluster, Node, Stub, close_soon, none_held
 from helpers import wait_until
 
 import shmcoord.grpc
@@ -27,8 +27,9 @@ def cluster(name: str) -> Iterator[Cluster]:
 
 @pytest.fixture
 def channel(cluster: Cluster) -> Iterator[grpc.Channel]:
-    with shmcoord.grpc.channel(cluster.name, group=GROUP) as channel:
-        yield channel
+    channel = shmcoord.grpc.channel(cluster.name, group=GROUP)
+    yield channel
+    close_soon(channel)
 
 
 @pytest.fixture
@@ -44,10 +45,6 @@ def node(cluster: Cluster, stub: Stub) -> Node:
     assert node.entered.acquire(timeout=5)
     wait_until(lambda: cluster.held() == 0)
     return node
-
-
-def none_held(cluster: Cluster) -> None:
-    wait_until(lambda: cluster.held() == 0)
 
 
 BEGIN: dict[str, Callable[[Stub, str], Any]] = {
@@ -456,10 +453,11 @@ def bare(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Stub]:
         instrumentor.instrument()
         undo = instrumentor.uninstrument
     try:
-        with shmcoord.grpc.channel(
+        channel = shmcoord.grpc.channel(
             cluster.name, group=GROUP, interceptors=interceptors[request.param]
-        ) as channel:
-            yield Stub(channel)
+        )
+        yield Stub(channel)
+        close_soon(channel)
     finally:
         undo()
 
