@@ -79,8 +79,9 @@ class Node:
             futures.ThreadPoolExecutor(threads), options=(("grpc.so_reuseport", 0),)
         )
         self.server.add_generic_rpc_handlers((self._handlers(),))
-        self._reserved = socket.socket()  # a port that refuses connections while it is open
+        self._reserved: socket.socket | None = None
         if not listens:
+            self._reserved = socket.socket()  # a port that refuses connections while it is open
             self._reserved.bind(("127.0.0.1", 0))
             port = self._reserved.getsockname()[1]
         elif credentials is None:
@@ -100,7 +101,8 @@ class Node:
 
     def close(self) -> None:
         self.stop()
-        self._reserved.close()
+        if self._reserved is not None:
+            self._reserved.close()
         self.node.leave()
 
     def _handlers(self) -> grpc.GenericRpcHandler:
