@@ -264,31 +264,27 @@ def test_a_stream_that_goes_elsewhere_while_nobody_reads(
     cluster: Cluster, make: Callable[..., Stub]
 ) -> None:
     """gRPC's thread finds out, not the reader; code(), callbacks and metadata are the second's."""
-    stub = make(idempotent=METHODS, policy="round-robin")
-    for name in "BC":
-        cluster.add(name)
-    for _ in range(4):
-        stub.Say("warm")
-    for node in cluster.nodes:
-        node.loses = 0
-    refusing = cluster.nodes[0]
-    for _ in range(4):
-        refusing.loses = 1
-        ended = threading.Event()
-        stream = stub.Count("1+")
-        assert stream.add_callback(ended.set)
-        if refusing.loses:  # this one began on the other node
-            wait_until(lambda: not refusing.loses or cluster.held() == 1)
-        if not refusing.loses:
-            break
-        stream.cancel()
+    stub = make()
+    other = cluster.add("C")
+    stub.Say("warm")
+    busy = stub.Count("1+")
+    assert next(busy) == "0"
+    refusing = cluster.add("B")
+    stub.Say("warm")  # by the idle one
+    wait_until(lambda: cluster.held() == 1)
+    refusing.loses = 1
+    ended = threading.Event()
+    stream = stub.Count("1+")
+    assert stream.add_callback(ended.set)
+    wait_until(lambda: len(other.seen) == 3)
     assert not refusing.loses
     assert ("first", "C") in stream.initial_metadata()
     assert not ended.is_set()
     assert next(stream) == "0"
-    cluster.nodes[1].release.set()
+    other.release.set()
     assert stream.code() is grpc.StatusCode.OK
     assert ended.wait(5)
+    assert list(busy) == []
     none_held(cluster)
 
 
@@ -444,6 +440,20 @@ def test_wait_for_ready_does_not_wait_on_a_dead_endpoint(
     assert waits.result(5) == "X"
     assert stub.Say("x", wait_for_ready=True, timeout=5) == "X"
     assert served_by.get() == "C"
+
+
+@each_unary
+def test_waiting_for_a_node_ends_with_the_first_sending(
+    way: str, cluster: Cluster, make: Callable[..., Stub]
+) -> None:
+    """Or an idempotent request that always fails would be executed until the deadline."""
+    stub = make(idempotent=METHODS)
+    for name in "BC":
+        cluster.add(name)
+    with pytest.raises(grpc.RpcError) as caught:
+        UNARY[way](stub, "UNAVAILABLE", wait_for_ready=True, timeout=20)
+    assert isinstance(caught.value.__cause__, NoneReachable)
+    assert [node.seen for node in cluster.nodes] == [["UNAVAILABLE"]] * 2
 
 
 def test_a_node_that_listens_late_is_tried_again(
