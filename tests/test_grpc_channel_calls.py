@@ -316,7 +316,8 @@ def test_a_call_with_a_done_callback_is_not_dropped(
     gc.collect()
     node.release.set()
     held.result(5)
-    wait_until(lambda: results == ["A", "B"])
+    wait_until(lambda: len(results) == 2)
+    assert sorted(results) == ["A", "B"]  # a node frees its lease before it answers
     none_held(cluster)
 
 

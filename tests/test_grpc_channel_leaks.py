@@ -19,7 +19,7 @@ import shmcoord.grpc
 from shmcoord import Lease
 from shmcoord.grpc._flight import Flight
 
-CALLS = 2400
+CALLS = 3000
 THREADS = 6
 
 
