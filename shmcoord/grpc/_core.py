@@ -52,6 +52,7 @@ class Method:
         self.name = name
         self.key = next(_numbers)
         self._pool = pool
+        self._pid = os.getpid()
         self._codec = codec
         self._registered = registered
 
@@ -63,7 +64,8 @@ class Method:
         return make(self.name, *self._codec)
 
     def __del__(self) -> None:  # a stub may be made for each call
-        self._pool.forget(self.key)
+        if os.getpid() == self._pid:  # in the child of a fork the lock may be held for ever
+            self._pool.forget(self.key)
 
 
 _numbers = itertools.count()
@@ -101,7 +103,7 @@ class Core:
         parts = (router if owns_router else None, pool, self.background)
         self._parts = parts
         # Who drops channel, stubs and calls without closing gives all of it back as well.
-        weakref.finalize(self, _collected, *parts).atexit = False
+        weakref.finalize(self, _collected, self._pid, *parts).atexit = False
         _all.add(self)
 
     def is_foreign(self) -> bool:
@@ -134,14 +136,16 @@ class Core:
 _all: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
-def _collected(router: Router | None, pool: LinkPool, background: Background) -> None:
+def _collected(pid: int, router: Router | None, pool: LinkPool, background: Background) -> None:
     """Let go of what a collected core has left; from whatever thread collected it."""
+    if os.getpid() != pid:  # in the child of a fork
+        return
     background.close()
     try:
         pool.close_later()
         if router is not None:
             router.close()
-    except (ShmcoordError, RuntimeError):  # in the child of a fork; no thread can be started
+    except (ShmcoordError, RuntimeError):  # no thread can be started any more
         return
 
 

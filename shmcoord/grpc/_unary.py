@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from shmcoord.errors import ForkedHandle, NoBackend, Saturated, ShmcoordError
-from shmcoord.grpc._ask import PLAIN, ask_of
+from shmcoord.grpc._ask import PLAIN, Ask, ask_of
 from shmcoord.grpc._bases import StreamUnary, UnaryUnary
 from shmcoord.grpc._calls import begin
 from shmcoord.grpc._common import LEASE_KEY
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["RoutedStreamUnary", "RoutedUnaryUnary"]
 
 _monotonic = time.monotonic
-_NOTHING = (False, 0.0, None, None, None)
 
 
 class _Blocking:
@@ -55,89 +54,97 @@ class _Blocking:
         credentials: grpc.CallCredentials | None,
         wait_for_ready: bool | None,
         compression: grpc.Compression | None,
+        with_call: bool,
     ) -> Any:
-        """Return the response where all is as usual; what is not is left to `_send`."""
+        """Return the response (and the call) where all is as usual; else `_send` goes on."""
         core = self._core
         if core.closed:
             raise ValueError(CLOSED)
         began = _monotonic()
+        ask = PLAIN if metadata is None else ask_of(metadata)
+        cost, key, sent = ask
+        # A dead endpoint must not be waited for: the channel is connected, or the call goes
+        # elsewhere.
+        if wait_for_ready:
+            inner_wait: bool | None = False
+        else:
+            inner_wait = wait_for_ready
         lease = link = None
         error: BaseException | None = None
-        if metadata is None and not wait_for_ready:
-            try:
-                lease = core.acquire(core.group, core.max_wait_s if timeout is None else timeout)
-            except (NoBackend, Saturated) as reason:
-                error = reason
-            except ValueError:  # closed meanwhile; no time
-                if not core.closed and not (timeout is not None and timeout <= 0.0):
-                    raise
-            else:
-                link = core.links.get(lease.endpoint)
-                if link is not None:
-                    link.users.append(None)
-                    call = link.methods.get(self._method.key)
-                    if link.ready and call is not None and not link.lessons:
-                        now = _monotonic()
-                        tell_node(lease, now - began)
-                        try:
-                            response = call(
-                                request,
-                                None if timeout is None else began + timeout - now,
-                                ((LEASE_KEY, lease.token),),
-                                credentials,
-                                wait_for_ready,
-                                compression,
+        try:
+            lease = core.acquire(
+                core.group, core.max_wait_s if timeout is None else timeout, cost, key=key
+            )
+        except (NoBackend, Saturated) as reason:
+            error = reason
+        except ValueError:
+            # Closed meanwhile; or there is no time, of which `_send` tells.
+            if not core.closed and (timeout is None or timeout >= 0.0):
+                raise
+        else:
+            link = core.links.get(lease.endpoint)
+            if link is not None:
+                link.users.append(None)
+                call = link.methods.get(self._method.key)
+                if link.ready and call is not None:
+                    now = _monotonic()
+                    tell_node(lease, now - began)
+                    left_s = None if timeout is None else began + timeout - now
+                    keys = ((LEASE_KEY, lease.token), *sent)
+                    try:
+                        if with_call or link.lessons:
+                            response = call.with_call(
+                                request, left_s, keys, credentials, inner_wait, compression
                             )
-                        except BaseException as reason:  # noqa: BLE001 - it is judged there
-                            error = reason
+                            if link.lessons:
+                                learn(link, response[1])
+                            if not with_call:
+                                response = response[0]
                         else:
-                            lease.release()
-                            link.users.pop()
-                            if link.spent:
-                                link.users.append(None)
-                                core.pool.give_back(link)
-                            core.earn()
-                            return response
+                            response = call(
+                                request, left_s, keys, credentials, inner_wait, compression
+                            )
+                    except BaseException as reason:  # noqa: BLE001 - it is judged there
+                        error = reason
                     else:
-                        core.pool.give_back(link)
-                        link = None
-        return self._send(
-            request,
-            timeout,
-            metadata,
-            credentials,
-            wait_for_ready,
-            compression,
-            (False, began, lease, link, error),
-        )
+                        lease.release()
+                        if link.spent:
+                            core.pool.give_back(link)
+                        else:
+                            link.users.pop()
+                        core.earn()
+                        return response
+                else:
+                    core.pool.give_back(link)
+                    link = None
+        options = (credentials, wait_for_ready, compression)
+        return self._send(request, timeout, ask, options, with_call, (began, lease, link, error))
 
     def _send(
         self,
         request: Any,
         timeout: float | None,
-        metadata: Iterable[Any] | None,
-        credentials: grpc.CallCredentials | None,
-        wait_for_ready: bool | None,
-        compression: grpc.Compression | None,
-        so_far: tuple[bool, float, Lease | None, Link | None, BaseException | None],
+        ask: Ask,
+        options: tuple[grpc.CallCredentials | None, bool | None, grpc.Compression | None],
+        with_call: bool,
+        so_far: tuple[float, Lease | None, Link | None, BaseException | None],
     ) -> Any:
-        """Return the response, or the response and the call, by any way.
+        """Return the response (and the call), by any way.
 
         Args:
-            request, timeout, metadata, credentials, wait_for_ready, compression: As in grpcio.
-            so_far: Whether the call is to be returned, too; when it began; the lease, the link and
-                the error of the straight way, as far as that led. With a link the real call has
-                failed, without one it has not begun.
+            request: What is sent.
+            timeout: Of the whole call, seconds.
+            ask: What the router is asked for, and further metadata.
+            options: Credentials, wait_for_ready and compression, as in grpcio.
+            with_call: Whether the call is returned, too.
+            so_far: When it began; and the lease, the link and the error of the straight way, as
+                far as that led. With a link the real call has failed, without one it has not
+                begun.
         """
         core, method = self._core, self._method
-        if core.closed and so_far[2] is None:
-            raise ValueError(CLOSED)
-        with_call, began, lease, link, error = so_far
-        so_far = _NOTHING
-        ask = PLAIN if metadata is None else ask_of(metadata)
-        # A dead endpoint must not be waited for: the channel is connected, or the call goes
-        # elsewhere.
-        inner_wait = False if wait_for_ready else wait_for_ready
+        began, lease, link, error = so_far
+        del so_far
+        credentials, wait_for_ready, compression = options
         search: Search | None = None
         theirs = False  # what the real call raised
         try:
@@ -169,23 +176,17 @@ class _Blocking:
                     now = _monotonic()
                     tell_node(lease, now - began)
                     call = link.method(method.key, method.make)
-                    arguments = (
+                    sending = True
+                    result = call.with_call(
                         request,
                         None if timeout is None else began + timeout - now,
                         ((LEASE_KEY, lease.token), *ask.metadata),
                         credentials,
-                        inner_wait,
+                        False if wait_for_ready else wait_for_ready,
                         compression,
                     )
-                    sending = True
-                    if with_call or link.lessons:
-                        result = call.with_call(*arguments)
-                        if link.lessons:
-                            learn(link, result[1])
-                        if not with_call:
-                            result = result[0]
-                    else:
-                        result = call(*arguments)
+                    if link.lessons:
+                        learn(link, result[1])
                 except BaseException as reason:
                     error = None
                     if link is not None:
@@ -205,7 +206,7 @@ class _Blocking:
                     continue
                 lease.release()
                 core.pool.give_back(link)
-                return result
+                return result if with_call else result[0]
         except ForkedHandle:
             raise
         except (ShmcoordError, TimeoutError) as reason:
@@ -233,7 +234,9 @@ class RoutedUnaryUnary(_Blocking, UnaryUnary):
         compression: grpc.Compression | None = None,
     ) -> Any:
         """Call and return the response; see grpcio."""
-        return self._straight(request, timeout, metadata, credentials, wait_for_ready, compression)
+        return self._straight(
+            request, timeout, metadata, credentials, wait_for_ready, compression, False
+        )
 
     def with_call(
         self,
@@ -245,14 +248,8 @@ class RoutedUnaryUnary(_Blocking, UnaryUnary):
         compression: grpc.Compression | None = None,
     ) -> Any:
         """Call and return the response and the call; see grpcio."""
-        return self._send(
-            request,
-            timeout,
-            metadata,
-            credentials,
-            wait_for_ready,
-            compression,
-            (True, _monotonic(), None, None, None),
+        return self._straight(
+            request, timeout, metadata, credentials, wait_for_ready, compression, True
         )
 
     def future(
@@ -291,7 +288,7 @@ class RoutedStreamUnary(_Blocking, StreamUnary):
     ) -> Any:
         """Call and return the response; see grpcio."""
         return self._straight(
-            request_iterator, timeout, metadata, credentials, wait_for_ready, compression
+            request_iterator, timeout, metadata, credentials, wait_for_ready, compression, False
         )
 
     def with_call(
@@ -304,14 +301,8 @@ class RoutedStreamUnary(_Blocking, StreamUnary):
         compression: grpc.Compression | None = None,
     ) -> Any:
         """Call and return the response and the call; see grpcio."""
-        return self._send(
-            request_iterator,
-            timeout,
-            metadata,
-            credentials,
-            wait_for_ready,
-            compression,
-            (True, _monotonic(), None, None, None),
+        return self._straight(
+            request_iterator, timeout, metadata, credentials, wait_for_ready, compression, True
         )
 
     def future(

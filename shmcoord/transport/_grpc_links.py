@@ -57,7 +57,11 @@ class Link:
     )
 
     def __init__(
-        self, endpoint: str, channel: grpc.Channel, face: Any, on_change: Callable[[], object]
+        self,
+        endpoint: str,
+        channel: grpc.Channel,
+        face: Any,
+        on_change: Callable[[Link], object],
     ) -> None:
         self.endpoint = endpoint
         self.face = face
@@ -135,7 +139,7 @@ class Link:
         if spent:
             self._channel.unsubscribe(self._on_state)
         _call_all(settled)
-        self._on_change()
+        self._on_change(self)
 
     def _take_settled(self) -> list[Callable[[], object]]:
         """Wake who waits; the caller has the lock, and calls what is returned without it."""
@@ -164,6 +168,7 @@ class LinkPool:
             compression: Of what is sent.
         """
         self.on_change: Callable[[], object] = _nobody
+        self.failed = False  # whether the last thing heard is that a connection could not be made
         self.current: dict[str, Link] = {}  # changed under the lock, read without
         self._dress = dress
         self._credentials = credentials
@@ -185,26 +190,23 @@ class LinkPool:
             if link.ready:
                 return link
             self.give_back(link)
-        old: Link | None = None
         with self._lock:
             link = self.current.get(endpoint)
             if link is None or link.spent:
                 if self._closed:
                     raise RuntimeError("the transport is closed")
-                if link is not None and not link.users:
-                    old = link
-                    self._open.discard(old)
                 link = self._make(endpoint)
             link.users.append(None)
-        if old is not None:
-            old.close_later()
         return link
 
     def give_back(self, link: Link) -> None:
         """Take the link back after a call, and close it if its connection has ended."""
         link.users.pop()
-        if not link.spent or link.users:
-            return
+        if link.spent and not link.users:
+            self._retire(link)
+
+    def _retire(self, link: Link) -> None:
+        """Close a link whose connection has ended, unless somebody still uses it."""
         with self._lock:
             if link.users or link not in self._open:
                 return
@@ -269,7 +271,13 @@ class LinkPool:
         self._open.add(link)
         return link
 
-    def _changed(self) -> None:
+    def _changed(self, link: Link) -> None:
+        if link.ready:
+            self.failed = False
+        elif link.spent:
+            self.failed = link.state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            if not link.users:
+                self._retire(link)
         self.on_change()
 
 
