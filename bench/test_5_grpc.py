@@ -124,7 +124,7 @@ def test_channel_threads(
         reference=PLAIN_MANY,
         bar=THROUGHPUT,
     )
-    rows.time(row, Threads(routed), Threads(plain), part=0.4, batch_s=0.1)
+    rows.time(row, Threads(routed), Threads(plain), batch_s=0.05)
 
 
 def test_channel_future(

@@ -474,3 +474,16 @@ def test_a_node_that_listens_late_is_tried_again(
     assert waits.result(10) == "X"
     late.stop()
     joined.leave()
+
+
+@each_way
+def test_each_request_earns_retries(way: str, cluster: Cluster, make: Callable[..., Stub]) -> None:
+    stub = make()
+    cluster.add()
+    budget = stub.Say._core.rules.budget
+    while budget.spend():
+        pass
+    before = budget.left
+    for _ in range(20):
+        ALL[way](stub, "x")
+    wait_until(lambda: budget.left - before == pytest.approx(4.0, abs=0.11))
