@@ -180,6 +180,22 @@ def test_cancelling_while_it_runs(kind: str, cluster: Cluster, stub: Stub, node:
     none_held(cluster)
 
 
+def test_a_call_that_was_cancelled_is_not_begun(cluster: Cluster, stub: Stub, node: Node) -> None:
+    held = stub.Say.future("hold")
+    assert node.entered.acquire(timeout=5)
+    call = stub.Say.future("x")
+    assert call.cancel()
+    node.release.set()
+    held.result(5)
+    none_held(cluster)
+    core = stub.Say._core  # a node that was found at that moment
+    lease = core.acquire(GROUP)
+    call._flight.launch(lease, core.pool.take(node.endpoint))
+    assert cluster.held() == 0
+    assert node.seen == ["warm", "hold"]
+    assert not core.links[node.endpoint].users
+
+
 def test_a_reader_is_woken_by_a_cancellation(cluster: Cluster, stub: Stub, node: Node) -> None:
     stream = stub.Count("1+")
     assert next(stream) == "0"

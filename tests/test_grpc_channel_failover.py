@@ -288,6 +288,24 @@ def test_a_stream_that_goes_elsewhere_while_nobody_reads(
     none_held(cluster)
 
 
+def test_metadata_of_a_call_that_goes_elsewhere_is_the_second_nodes(
+    cluster: Cluster, make: Callable[..., Stub]
+) -> None:
+    stub = make()
+    cluster.add("C")
+    stub.Say("warm")
+    busy = stub.Count("1+")
+    assert next(busy) == "0"
+    refusing = cluster.add("B")
+    stub.Say("warm")  # by the idle one
+    wait_until(lambda: cluster.held() == 1)
+    refusing.loses = 1
+    stream = stub.Count("1")
+    assert ("first", "C") in stream.initial_metadata()
+    assert not refusing.loses
+    assert list(stream) == ["0"]
+
+
 def test_cancelling_ends_the_search(cluster: Cluster, make: Callable[..., Stub]) -> None:
     stub = make(idempotent=METHODS)
     node = cluster.add(capacity=1)
@@ -456,6 +474,35 @@ def test_waiting_for_a_node_ends_with_the_first_sending(
     assert [node.seen for node in cluster.nodes] == [["UNAVAILABLE"]] * 2
 
 
+@each_way
+def test_the_node_itself_is_not_waited_for(
+    way: str, cluster: Cluster, make: Callable[..., Stub]
+) -> None:
+    """If the connection ends at that moment, waiting would be for a dead endpoint."""
+    told: list[Any] = []
+
+    class Looks(
+        grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+        grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+        grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+        grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
+    ):
+        def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+            told.append(details.wait_for_ready)
+            return continuation(details, request)
+
+        intercept_unary_stream = intercept_unary_unary
+        intercept_stream_unary = intercept_unary_unary
+        intercept_stream_stream = intercept_unary_unary
+
+    stub = make(interceptors=[Looks()])
+    cluster.add()
+    for wait in (True, True, False, None):
+        assert ALL[way](stub, "x", wait_for_ready=wait)
+    assert told == [False, False, False, None]
+    none_held(cluster)
+
+
 def test_a_node_that_listens_late_is_tried_again(
     cluster: Cluster, make: Callable[..., Stub]
 ) -> None:
@@ -464,11 +511,12 @@ def test_a_node_that_listens_late_is_tried_again(
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
     joined = cluster.segment.join("A", group=GROUP, endpoint=f"127.0.0.1:{port}")
-    waits = stub.Say.future("x", wait_for_ready=True, timeout=20)
-    time.sleep(0.2)
     budget = stub.Say._core.rules.budget
     while budget.spend():  # connecting is no load: it needs no budget
         pass
+    waits = stub.Say.future("x", wait_for_ready=True, timeout=20)
+    time.sleep(0.2)
+    assert not waits.done()
     late = Node(cluster.segment, "late", address=f"127.0.0.1:{port}", adopts=False)
     late.node.leave()
     assert waits.result(10) == "X"
