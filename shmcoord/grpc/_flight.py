@@ -47,6 +47,9 @@ __all__ = ["Flight", "Hold", "NoRealCall"]
 
 _log = logging.getLogger("shmcoord.grpc")
 
+# How long empty metadata is taken for the beginning of a refusal, in seconds.
+_STATUS_FOLLOWS_S = 0.05
+
 
 class NoRealCall(Exception):
     """There is no real call; the flight's `refusal` says why."""
@@ -375,7 +378,12 @@ class Flight:
                 return None
             hold = self._hold
             metadata = real.initial_metadata()
-            if self._responded or not self._left(hold, real):
+            if self._responded:
+                return metadata
+            if not metadata and self._method.kind.startswith("unary_"):
+                # A refusal comes as empty metadata first, and as a status right behind it.
+                self._is_replaced(real, _STATUS_FOLLOWS_S)
+            if not self._left(hold, real):
                 return metadata
 
     def next_response(self) -> Any:
@@ -431,15 +439,17 @@ class Flight:
     def _left(self, hold: Hold | None, real: Any) -> bool:
         """Whether that real call has ended before its first response, and another one follows."""
         is_active = getattr(real, "is_active", None)
+        if self.real is not real:
+            return self.started() is not None
         if hold is None or is_active is None or is_active():
             return False
         self.ended(hold, real)
         return self._is_replaced(real)
 
-    def _is_replaced(self, real: Any) -> bool:
+    def _is_replaced(self, real: Any, timeout_s: float | None = None) -> bool:
         """Wait until it is decided whether another real call follows this one, which has ended."""
         with self.changed:
-            self.changed.wait_for(lambda: self.over or self.real is not real)
+            self.changed.wait_for(lambda: self.over or self.real is not real, timeout_s)
             return self.real is not real
 
 
