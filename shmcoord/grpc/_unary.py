@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from sys import modules
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -17,12 +18,12 @@ from shmcoord.errors import ForkedHandle, NoBackend, Saturated, ShmcoordError
 from shmcoord.grpc._ask import PLAIN, Ask, ask_of
 from shmcoord.grpc._bases import StreamUnary, UnaryUnary
 from shmcoord.grpc._calls import begin
-from shmcoord.grpc._common import LEASE_KEY
+from shmcoord.grpc._common import LEASE_KEY, served_by
 from shmcoord.grpc._core import CLOSED, ChannelClosed, Core, Method
 from shmcoord.grpc._learning import learn
 from shmcoord.grpc._outcome import refused
 from shmcoord.grpc._search import Search
-from shmcoord.grpc._served import tell_node
+from shmcoord.grpc._served import TRACE, tell_node
 from shmcoord.transport._grpc_common import judge
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ class _Blocking:
                 link.users.append(None)
                 call = link.methods.get(self._method.key)
                 if link.ready and call is not None:
-                    now = _monotonic()
-                    tell_node(lease, now - began)
-                    left_s = None if timeout is None else began + timeout - now
+                    served_by.set(lease.node)
+                    if TRACE in modules:
+                        tell_node(lease, _monotonic() - began)
+                    left_s = None if timeout is None else began + timeout - _monotonic()
                     keys = ((LEASE_KEY, lease.token), *sent)
                     try:
                         if with_call or link.lessons:
