@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("unit", "core", "status", "iceoryx2", "others", "size")
+SECTIONS = ("unit", "core", "status", "iceoryx2", "others", "size", "grpc")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ fault can be made on purpose.
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ from concurrent import futures
 from typing import Any
 
 import grpc
-from helpers import Raw
+from helpers import Raw, wait_until
 
 from shmcoord import LeaseLost, Segment
-from shmcoord.grpc._common import NODE_KEY
+from shmcoord.grpc._common import NODE_KEY, served_by
 from shmcoord.transport.grpc import lease_token, refuse_lost_lease
 
 GROUP = "GREEN"
@@ -45,9 +46,9 @@ METHODS = tuple(f"/{SERVICE}/{name}" for name in ("Say", "Count", "Gather", "Cha
 class Node:
     """One node with a threaded server; requests say what it does.
 
-    Unary requests: "hold" waits for `release`, the name of a status code aborts with it, "die"
-    stops the server under the request, anything else is answered in upper case. `Count` answers so
-    many numbers, and waits behind the last one for "N+".
+    Unary requests: "hold" waits for `release`, the name of a status code aborts with it, "before"
+    does so with UNAVAILABLE ahead of the lease, all else is answered in upper case. `Count` answers
+    so many numbers; behind the last one "N+" waits, "N!" aborts with UNAVAILABLE.
     """
 
     def __init__(
@@ -78,15 +79,18 @@ class Node:
             futures.ThreadPoolExecutor(threads), options=(("grpc.so_reuseport", 0),)
         )
         self.server.add_generic_rpc_handlers((self._handlers(),))
-        if credentials is None:
+        self._reserved: socket.socket | None = None
+        if not listens:
+            self._reserved = socket.socket()  # a port that refuses connections while it is open
+            self._reserved.bind(("127.0.0.1", 0))
+            port = self._reserved.getsockname()[1]
+        elif credentials is None:
             port = self.server.add_insecure_port(address)
         else:
             port = self.server.add_secure_port(address, credentials)
         self.endpoint = address if address.startswith("unix:") else f"127.0.0.1:{port}"
         if listens:
             self.server.start()
-        else:
-            self.server.stop(None)
         self.node = segment.join(
             name, group=GROUP, endpoint=self.endpoint, capacity=capacity, interval_s=0.2
         )
@@ -97,6 +101,8 @@ class Node:
 
     def close(self) -> None:
         self.stop()
+        if self._reserved is not None:
+            self._reserved.close()
         self.node.leave()
 
     def _handlers(self) -> grpc.GenericRpcHandler:
@@ -201,3 +207,19 @@ class Cluster:
         for node in self.nodes:
             node.close()
         self.segment.close()
+        served_by.set(None)  # the next test runs in the same context
+
+
+_closing: list[threading.Thread] = []
+
+
+def close_soon(channel: grpc.Channel) -> None:
+    """Close a channel without waiting for gRPC's watching threads, which take 0.2 s."""
+    thread = threading.Thread(target=channel.close)
+    thread.start()
+    _closing.append(thread)
+
+
+def none_held(cluster: Cluster) -> None:
+    """The client gives back when the call ends, the node when its handler does: a moment later."""
+    wait_until(lambda: cluster.held() == 0)

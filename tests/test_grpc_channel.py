@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import pytest
-from grpc_cluster import GROUP, SERVICE, Cluster, Stub
+from grpc_cluster import GROUP, SERVICE, Cluster, Stub, close_soon, none_held
 from helpers import wait_until
 
 import shmcoord.grpc
@@ -25,18 +26,14 @@ def cluster(name: str) -> Iterator[Cluster]:
 
 @pytest.fixture
 def channel(cluster: Cluster) -> Iterator[grpc.Channel]:
-    with shmcoord.grpc.channel(cluster.name, group=GROUP) as channel:
-        yield channel
+    channel = shmcoord.grpc.channel(cluster.name, group=GROUP)
+    yield channel
+    close_soon(channel)
 
 
 @pytest.fixture
 def stub(channel: grpc.Channel) -> Stub:
     return Stub(channel)
-
-
-def none_held(cluster: Cluster) -> None:
-    """The client gives back when the call ends, the node when its handler does: a moment later."""
-    wait_until(lambda: cluster.held() == 0)
 
 
 def test_all_kinds_of_call(cluster: Cluster, stub: Stub) -> None:
@@ -141,6 +138,13 @@ def test_served_by_names_the_node_of_the_last_call(cluster: Cluster, stub: Stub)
     stub.Say("x")
     assert served_by.get() == "B"
     cluster.add("C", capacity=1)
+    nodes = set()
+    for _ in range(30):  # both idle: chance decides
+        stub.Say("x")
+        nodes.add(served_by.get())
+        if len(nodes) == 2:
+            break
+    assert nodes == {"B", "C"}
     held = stub.Say.future("hold")
     first = served_by.get()
     stub.Say("x")
@@ -382,3 +386,51 @@ def test_many_threads(cluster: Cluster, stub: Stub) -> None:
     assert not wrong
     assert sum(len(node.seen) for node in cluster.nodes) == 160
     none_held(cluster)
+
+
+def test_interceptors_outside_see_each_call_once(cluster: Cluster, channel: grpc.Channel) -> None:
+    cluster.add("B", listens=False)
+    cluster.add("C")
+    seen: list[str] = []
+
+    class Notes(
+        grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+        grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+        grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+        grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
+    ):
+        def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+            seen.append(details.method)
+            return continuation(details, request)
+
+        intercept_unary_stream = intercept_unary_unary
+        intercept_stream_unary = intercept_unary_unary
+        intercept_stream_stream = intercept_unary_unary
+
+    stub = Stub(grpc.intercept_channel(channel, Notes()))
+    assert stub.Say("x") == "X"
+    assert stub.Say.future("x").result(5) == "X"
+    assert stub.Gather(iter("ab")) == "a+b"
+    assert list(stub.Count("1")) == ["0"]
+    assert list(stub.Chat(iter("a"))) == ["A"]
+    assert [name.rpartition("/")[2] for name in seen] == ["Say", "Say", "Gather", "Count", "Chat"]
+    none_held(cluster)
+
+
+def test_the_current_span_tells_the_node(cluster: Cluster, stub: Stub) -> None:
+    sdk = pytest.importorskip("opentelemetry.sdk.trace")
+    cluster.add()
+    tracer = sdk.TracerProvider().get_tracer("test")
+    calls: list[Callable[[], object]] = [
+        lambda: stub.Say("x"),
+        lambda: stub.Say.future("x").result(),
+        lambda: list(stub.Count("1")),
+    ]
+    for call in calls:
+        with tracer.start_as_current_span("work") as span:
+            call()
+        assert span.attributes["shmcoord.node"] == "B"
+        assert span.attributes["shmcoord.group"] == GROUP
+        assert 0 <= span.attributes["shmcoord.waited_s"] < 5
+    held = stub.Say.future("x")  # none is recorded: nothing fails
+    assert held.result(5) == "X"

@@ -40,10 +40,9 @@ class BareStream:
         return self
 
     def __next__(self) -> Any:
-        try:
-            return self._ahead.pop()
-        except IndexError:
-            return self._read()
+        # Not `try: pop`: a generator that is entered while an error is handled keeps that error,
+        # and with it the frames of whoever reads.
+        return self._ahead.pop() if self._ahead else self._read()
 
     def cancel(self) -> bool:
         """End the call; False if it is over."""

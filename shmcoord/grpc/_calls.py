@@ -14,7 +14,7 @@ from shmcoord.errors import ForkedHandle, NoBackend, Saturated, ShmcoordError
 from shmcoord.grpc._ask import PLAIN, ask_of
 from shmcoord.grpc._bases import CallFuture, StreamStream, UnaryStream
 from shmcoord.grpc._core import CLOSED, Core, Method
-from shmcoord.grpc._flight import Flight, NoRealCall
+from shmcoord.grpc._flight import Flight, Hold, NoRealCall
 
 __all__ = ["RoutedCall", "RoutedStreamStream", "RoutedUnaryStream", "begin"]
 
@@ -233,7 +233,7 @@ def begin(
         if link.ready:
             flight.launch(lease, link)
         else:
-            flight.seek(lease, link)
+            flight.seek(Hold(lease, link))
     return RoutedCall(flight)
 
 

@@ -12,7 +12,7 @@ import grpc.experimental
 from shmcoord.api import Segment
 from shmcoord.grpc._calls import RoutedStreamStream, RoutedUnaryStream
 from shmcoord.grpc._connectivity import Connectivity
-from shmcoord.grpc._core import Core, Method, dressed
+from shmcoord.grpc._core import Core, Method, dressed, with_defaults
 from shmcoord.grpc._unary import RoutedStreamUnary, RoutedUnaryUnary
 from shmcoord.router import Router
 from shmcoord.transport._grpc_links import LinkPool
@@ -71,7 +71,10 @@ def channel(
     if not (max_wait_s >= 0 and connect_timeout_s >= 0):
         raise ValueError("max_wait_s and connect_timeout_s must not be negative")
     pool = LinkPool(
-        dressed(interceptors), credentials=credentials, options=options, compression=compression
+        dressed(interceptors),
+        credentials=credentials,
+        options=with_defaults(options),
+        compression=compression,
     )
     core = Core(
         router if router is not None else Router(*segments, policy=policy),

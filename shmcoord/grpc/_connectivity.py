@@ -18,8 +18,8 @@ import grpc
 from shmcoord.errors import ShmcoordError
 
 if TYPE_CHECKING:
+    from shmcoord.backend import Backend
     from shmcoord.grpc._core import Core
-    from shmcoord.transport._grpc_links import Link
 
 __all__ = ["Connectivity"]
 
@@ -49,6 +49,7 @@ class Connectivity:
         self._subscribers: list[_Subscriber] = []
         self._connect = False
         self._closed = False
+        self._tried: Backend | None = None
         self._thread: threading.Thread | None = None
         core.pool.on_change = self._rung.set
 
@@ -99,27 +100,26 @@ class Connectivity:
         if core is None or core.closed or self._closed:
             return _State.SHUTDOWN
         links = core.pool.links()
-        state = _common_state(links)
-        if state is _State.READY:
+        if any(link.ready for link in links):
             self._connect = False  # as gRPC: who asks to connect asks once
-        elif self._connect and not self._try(core, links):
-            return _State.TRANSIENT_FAILURE
-        return state
-
-    def _try(self, core: Core, links: list[Link]) -> bool:
-        """Begin to connect to a node; False if there is none."""
+            self._tried = None
+            return _State.READY
         if any(not link.spent for link in links):
-            return True  # one is connecting
-        failed = {link.endpoint for link in links if link.spent}
+            return _State.CONNECTING
+        if self._connect and self._try(core):
+            return _State.CONNECTING
+        return _State.TRANSIENT_FAILURE if self._connect or core.pool.failed else _State.IDLE
+
+    def _try(self, core: Core) -> bool:
+        """Begin to connect to a node; False if there is none, or an earlier one has failed."""
         try:
-            backend = core.router.pick(core.group)
-            if backend.endpoint in failed:
-                core.router.mark_unreachable(backend)
-                backend = core.router.pick(core.group)
-            core.pool.give_back(core.pool.take(backend.endpoint))
+            if self._tried is not None and core.pool.failed:
+                core.router.mark_unreachable(self._tried)
+            self._tried, before = core.router.pick(core.group), self._tried
+            core.pool.give_back(core.pool.take(self._tried.endpoint))
+            return before is None
         except (ShmcoordError, ValueError, RuntimeError):  # none has joined; closed meanwhile
             return False
-        return True
 
     def _deliver(self, state: grpc.ChannelConnectivity) -> None:
         with self._lock:
@@ -133,13 +133,3 @@ class Connectivity:
                 subscriber.callback(state)
             except Exception:  # noqa: BLE001 - as gRPC: the others are told
                 _log.exception("a connectivity callback failed")
-
-
-def _common_state(links: list[Link]) -> grpc.ChannelConnectivity:
-    if any(link.ready for link in links):
-        return _State.READY
-    if any(not link.spent for link in links):
-        return _State.CONNECTING
-    if any(link.state is _State.TRANSIENT_FAILURE for link in links):
-        return _State.TRANSIENT_FAILURE
-    return _State.IDLE

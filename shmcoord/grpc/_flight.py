@@ -43,9 +43,12 @@ if TYPE_CHECKING:
 
     from shmcoord.lease import Lease
 
-__all__ = ["Flight", "NoRealCall"]
+__all__ = ["Flight", "Hold", "NoRealCall"]
 
 _log = logging.getLogger("shmcoord.grpc")
+
+# How long empty metadata is taken for the beginning of a refusal, in seconds.
+_STATUS_FOLLOWS_S = 0.05
 
 
 class NoRealCall(Exception):
@@ -137,7 +140,7 @@ class Flight:
     # --- beginning
 
     def launch(self, lease: Lease, link: Link) -> None:
-        """Begin the real call on a node; takes the lease and the link.
+        """Begin the real call on a node, unless it is over; takes the lease and the link.
 
         Raises:
             Exception: Whatever the real call raised.
@@ -145,6 +148,11 @@ class Flight:
         core = self._core
         hold = Hold(lease, link)
         credentials, wait, compression = self._options
+        request = self._request
+        if self.over:  # cancelled meanwhile
+            lease.release()
+            core.pool.give_back(link)
+            return
         try:
             now = time.monotonic()
             left_s = self._timeout_s
@@ -155,7 +163,7 @@ class Flight:
             call = link.method(self._method.key, self._method.make)
             is_future = self._method.kind.endswith("_unary")
             real = (call.future if is_future else call)(
-                self._request,
+                request,
                 left_s,
                 ((LEASE_KEY, lease.token), *self._ask.metadata),
                 credentials,
@@ -181,36 +189,46 @@ class Flight:
         elif not real.add_callback(ended):
             ended()
 
-    def seek(self, lease: Lease | None = None, link: Link | None = None) -> None:
-        """Find a node in the background; takes the lease and the link if there are some already."""
-        try:
-            with self.changed:
-                if self.over:
-                    raise ChannelClosed
-                self._work = self._core.background.run(partial(self._seek, lease, link))
-        except (RuntimeError, ChannelClosed):
-            self._give_back(lease, link)
+    def seek(self, hold: Hold | None = None) -> None:
+        """Find a node in the background; it may have a lease and a link already."""
+        with self.changed:
+            self._hold = hold
+            refused = self.over
+            if not refused:
+                try:
+                    self._work = self._core.background.run(self._seek)
+                except RuntimeError:  # closed meanwhile
+                    refused = True
+        if refused:
+            self._give_back()
             self.refuse(ChannelClosed())
 
-    async def _seek(self, lease: Lease | None, link: Link | None) -> None:
+    async def _seek(self) -> None:
         core = self._core
         try:
             search = self._searching()
-            while True:
-                if lease is None:
+            while not self.over:
+                hold = self._hold
+                if hold is None:
                     lease = await search.acquire_async()
-                if link is None:
-                    link = core.pool.take(lease.endpoint)
+                    try:
+                        hold = self._hold = Hold(lease, core.pool.take(lease.endpoint))
+                    except BaseException:
+                        lease.release()
+                        raise
+                link = hold.link
                 if not link.ready:
                     await _settled(link, search.connect_s())
+                got = hold.take()
+                if got is None:
+                    return  # cancelled meanwhile
+                self._hold = None
                 if link.ready:
-                    taken, lease, link = (lease, link), None, None
-                    self._context.run(self.launch, *taken)
+                    self._context.run(self.launch, got, link)
                     return
                 error = search.not_connected(link)
                 core.pool.give_back(link)
-                gone, lease, link = lease, None, None
-                if not search.leave(gone, error, False):
+                if not search.leave(got, error, False):
                     raise error
         except asyncio.CancelledError:
             self.refuse(ChannelClosed())  # unless the caller has cancelled it: then it is over
@@ -218,14 +236,17 @@ class Flight:
         except Exception as error:  # noqa: BLE001 - it belongs to the caller, whatever it is
             self.refuse(ChannelClosed() if core.closed else error)
         finally:
-            self._give_back(lease, link)
+            if self.real is None:
+                self._give_back()
 
-    def _give_back(self, lease: Lease | None, link: Link | None) -> None:
-        if lease is not None:
+    def _give_back(self) -> None:
+        """Give back what was found for a real call that will not be."""
+        hold, self._hold = self._hold, None
+        lease = None if hold is None else hold.take()
+        if hold is not None and lease is not None:
             with contextlib.suppress(ShmcoordError):
                 lease.release()
-        if link is not None:
-            self._core.pool.give_back(link)
+            self._core.pool.give_back(hold.link)
 
     def _searching(self) -> Search:
         if self._search is None:
@@ -308,6 +329,7 @@ class Flight:
         if real is None:
             if work is not None:
                 work.cancel()
+            self._give_back()
             self.settle()
             return True
         if not real.cancel():
@@ -356,7 +378,12 @@ class Flight:
                 return None
             hold = self._hold
             metadata = real.initial_metadata()
-            if self._responded or not self._left(hold, real):
+            if self._responded:
+                return metadata
+            if not metadata and self._method.kind.startswith("unary_"):
+                # A refusal comes as empty metadata first, and as a status right behind it.
+                self._is_replaced(real, _STATUS_FOLLOWS_S)
+            if not self._left(hold, real):
                 return metadata
 
     def next_response(self) -> Any:
@@ -412,15 +439,17 @@ class Flight:
     def _left(self, hold: Hold | None, real: Any) -> bool:
         """Whether that real call has ended before its first response, and another one follows."""
         is_active = getattr(real, "is_active", None)
+        if self.real is not real:
+            return self.started() is not None
         if hold is None or is_active is None or is_active():
             return False
         self.ended(hold, real)
         return self._is_replaced(real)
 
-    def _is_replaced(self, real: Any) -> bool:
+    def _is_replaced(self, real: Any, timeout_s: float | None = None) -> bool:
         """Wait until it is decided whether another real call follows this one, which has ended."""
         with self.changed:
-            self.changed.wait_for(lambda: self.over or self.real is not real)
+            self.changed.wait_for(lambda: self.over or self.real is not real, timeout_s)
             return self.real is not real
 
 

@@ -112,7 +112,7 @@ class Search:
         now = time.monotonic()
         if now >= self._again_at:
             self._again_at = now + _TRY_AGAIN_S
-            # None of them has executed anything, or we would not be here.
+            # Nothing was sent to any of them.
             self._course.exclude = ()
         left_s = self._course.left_s()
         return _LOOK_EVERY_S if left_s is None else min(left_s, _LOOK_EVERY_S)
@@ -143,13 +143,16 @@ class Search:
     def leave(self, lease: Lease, error: BaseException, adopts: bool) -> bool:
         """Give a lease back after a failure; tell whether to go elsewhere, as `Course.leave`.
 
-        Who waits for any node does so also when the budget of retries is spent, if nothing was
-        sent: connecting is no load.
+        Who waits for any node does so also when the budget of retries is spent, as long as nothing
+        was sent: connecting is no load. Once something was, he waits no longer for a node to come:
+        each one is asked once.
         """
+        if not isinstance(error, Unreachable):
+            self._waits = False
         try:
             return self._course.leave(lease, error, adopts)
         except NoneReachable:
-            if self._waits and isinstance(error, Unreachable):
+            if self._waits:
                 return True
             raise
 

@@ -10,7 +10,10 @@ from shmcoord.grpc._common import served_by
 if TYPE_CHECKING:
     from shmcoord.lease import Lease
 
-__all__ = ["tell_node"]
+__all__ = ["TRACE", "tell_node"]
+
+TRACE = "opentelemetry.trace"
+"""The module whose presence says that somebody uses OpenTelemetry."""
 
 _modules = sys.modules
 
@@ -21,12 +24,12 @@ def tell_node(lease: Lease, waited_s: float) -> None:
     OpenTelemetry is used only where somebody has imported it.
     """
     served_by.set(lease.node)
-    if "opentelemetry.trace" in _modules:
+    if TRACE in _modules:
         _tell_span(lease, waited_s)
 
 
 def _tell_span(lease: Lease, waited_s: float) -> None:
-    span = _modules["opentelemetry.trace"].get_current_span()
+    span = _modules[TRACE].get_current_span()
     if span.is_recording():
         span.set_attribute("shmcoord.node", lease.node)
         span.set_attribute("shmcoord.group", lease.group)

@@ -7,6 +7,7 @@ call makes a new link; the old one is closed as soon as the calls on it have end
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = ["Link", "LinkPool"]
 
 # Responses without the key that tells of adopting nodes, after which a link is not asked any more.
 _LESSONS = 16
+# gRPC's thread that watches a channel's state sees after 0.2 s that nobody is subscribed.
+_WATCH_ENDS_S = 0.3
 
 
 class Link:
@@ -29,7 +32,7 @@ class Link:
     Attributes:
         endpoint: Where it leads.
         face: What the pool's `dress` made of the channel.
-        calls: How many calls use it; guarded by the pool's lock.
+        users: One entry for each call that uses it.
         ready: Whether it is connected.
         spent: Whether its connection has ended or could not be made: it never will be ready.
         state: What gRPC said last.
@@ -43,7 +46,6 @@ class Link:
         "_on_change",
         "_settled",
         "adopts",
-        "calls",
         "endpoint",
         "face",
         "lessons",
@@ -51,14 +53,21 @@ class Link:
         "ready",
         "spent",
         "state",
+        "users",
     )
 
     def __init__(
-        self, endpoint: str, channel: grpc.Channel, face: Any, on_change: Callable[[], object]
+        self,
+        endpoint: str,
+        channel: grpc.Channel,
+        face: Any,
+        on_change: Callable[[Link], object],
     ) -> None:
         self.endpoint = endpoint
         self.face = face
-        self.calls = 0
+        # Who calls appends first and looks at `ready` then; who closes has set `spent` first
+        # and looks for users then: one of them sees the other. Appending and popping are atomic.
+        self.users: list[None] = []
         self.ready = False
         self.spent = False
         self.state = grpc.ChannelConnectivity.IDLE
@@ -108,8 +117,14 @@ class Link:
         self._channel.close()
 
     def close_later(self) -> None:
-        """Close the channel without waiting for gRPC's watching thread, which takes 0.2 s."""
-        threading.Thread(target=self.close, name="shmcoord-close", daemon=True).start()
+        """Close a channel that nobody uses any more, on a thread of its own."""
+        threading.Thread(target=self._close_unused, name="shmcoord-close", daemon=True).start()
+
+    def _close_unused(self) -> None:
+        self._channel.unsubscribe(self._on_state)
+        # gRPC's watching thread must have gone, or it finds a closed channel and raises.
+        time.sleep(_WATCH_ENDS_S)
+        self.close()
 
     def _on_state(self, state: grpc.ChannelConnectivity) -> None:
         with self._changed:
@@ -124,7 +139,7 @@ class Link:
         if spent:
             self._channel.unsubscribe(self._on_state)
         _call_all(settled)
-        self._on_change()
+        self._on_change(self)
 
     def _take_settled(self) -> list[Callable[[], object]]:
         """Wake who waits; the caller has the lock, and calls what is returned without it."""
@@ -153,12 +168,13 @@ class LinkPool:
             compression: Of what is sent.
         """
         self.on_change: Callable[[], object] = _nobody
+        self.failed = False  # whether the last thing heard is that a connection could not be made
+        self.current: dict[str, Link] = {}  # changed under the lock, read without
         self._dress = dress
         self._credentials = credentials
         self._options = tuple({**OPTIONS, **dict(options)}.items())
         self._compression = compression
         self._lock = threading.RLock()  # a collected call comes here from anywhere
-        self._current: dict[str, Link] = {}
         self._open: set[Link] = set()
         self._closed = False
 
@@ -168,36 +184,41 @@ class LinkPool:
         Raises:
             RuntimeError: The pool is closed.
         """
-        old: Link | None = None
+        link = self.current.get(endpoint)
+        if link is not None:
+            link.users.append(None)
+            if link.ready:
+                return link
+            self.give_back(link)
         with self._lock:
-            link = self._current.get(endpoint)
+            link = self.current.get(endpoint)
             if link is None or link.spent:
                 if self._closed:
                     raise RuntimeError("the transport is closed")
-                if link is not None and link.calls == 0:
-                    old = link
-                    self._open.discard(old)
                 link = self._make(endpoint)
-            link.calls += 1
-        if old is not None:
-            old.close_later()
+            link.users.append(None)
         return link
 
     def give_back(self, link: Link) -> None:
         """Take the link back after a call, and close it if its connection has ended."""
+        link.users.pop()
+        if link.spent and not link.users:
+            self._retire(link)
+
+    def _retire(self, link: Link) -> None:
+        """Close a link whose connection has ended, unless somebody still uses it."""
         with self._lock:
-            link.calls -= 1
-            if not link.spent or link.calls or link not in self._open:
+            if link.users or link not in self._open:
                 return
             self._open.discard(link)
-            if self._current.get(link.endpoint) is link:
-                del self._current[link.endpoint]
+            if self.current.get(link.endpoint) is link:
+                del self.current[link.endpoint]
         link.close_later()
 
     def links(self) -> list[Link]:
         """Return the current link to each endpoint that was called."""
         with self._lock:
-            return list(self._current.values())
+            return list(self.current.values())
 
     def open_links(self) -> int:
         """Return how many channels are open."""
@@ -234,7 +255,7 @@ class LinkPool:
             self._closed = True
             links = list(self._open)
             self._open.clear()
-            self._current.clear()
+            self.current.clear()
         return links
 
     def _make(self, endpoint: str) -> Link:
@@ -246,11 +267,17 @@ class LinkPool:
                 endpoint, self._credentials, self._options, self._compression
             )
         link = Link(endpoint, channel, self._dress(channel), self._changed)
-        self._current[endpoint] = link
+        self.current[endpoint] = link
         self._open.add(link)
         return link
 
-    def _changed(self) -> None:
+    def _changed(self, link: Link) -> None:
+        if link.ready:
+            self.failed = False
+        elif link.spent:
+            self.failed = link.state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            if not link.users:
+                self._retire(link)
         self.on_change()
 
 
