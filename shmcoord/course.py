@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Collection, Coroutine
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcoord.errors import LeaseLost, NoBackend, Saturated
 from shmcoord.transport import ConnectionLost, Unreachable
@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from shmcoord.lease import Lease
     from shmcoord.router import Router
 
-__all__ = ["Attempt", "Course", "NoneReachable", "OnDecision", "SendRules", "send_rules"]
+__all__ = [
+    "Attempt",
+    "Course",
+    "NoneReachable",
+    "OnDecision",
+    "SendRules",
+    "send_rules",
+    "telling",
+    "telling_async",
+]
 
 # How long a call without a time-out waits for capacity, in seconds.
 _LONGEST_WAIT_S = 3600.0
@@ -59,6 +68,36 @@ def send_rules(
     if budget is None:
         budget = router.retry_budget()
     return SendRules(router, adopts, frozenset(idempotent), budget, hedge_after_s)
+
+
+def telling(acquire: Callable[..., Lease], on_decision: OnDecision) -> Callable[..., Lease]:
+    """Return a `Router.acquire` that tells each decision."""
+
+    def acquire_and_tell(*args: Any, **options: Any) -> Lease:
+        return _told(acquire(*args, explain=True, **options), on_decision)
+
+    return acquire_and_tell
+
+
+def telling_async(
+    acquire: Callable[..., Coroutine[Any, Any, Lease]], on_decision: OnDecision
+) -> Callable[..., Coroutine[Any, Any, Lease]]:
+    """Return a `Router.acquire_async` that tells each decision."""
+
+    async def acquire_and_tell(*args: Any, **options: Any) -> Lease:
+        return _told(await acquire(*args, explain=True, **options), on_decision)
+
+    return acquire_and_tell
+
+
+def _told(lease: Lease, on_decision: OnDecision) -> Lease:
+    if lease.decision is not None:
+        try:
+            on_decision(lease.decision, lease)
+        except BaseException:
+            lease.release()
+            raise
+    return lease
 
 
 class Attempt(NamedTuple):

@@ -10,6 +10,7 @@ import grpc
 import grpc.experimental
 
 from shmcoord.api import Segment
+from shmcoord.course import OnDecision
 from shmcoord.grpc._calls import RoutedStreamStream, RoutedUnaryStream
 from shmcoord.grpc._connectivity import Connectivity
 from shmcoord.grpc._core import Core, Method, dressed, with_defaults
@@ -32,8 +33,10 @@ def channel(
     compression: grpc.Compression | None = None,
     interceptors: Sequence[Any] = (),
     idempotent: Collection[str] = (),
+    adopts: bool = False,
     max_wait_s: float = 3600.0,
     connect_timeout_s: float = 1.0,
+    on_decision: OnDecision | None = None,
 ) -> grpc.Channel:
     """Make a channel to the nodes of a group, for generated stubs.
 
@@ -55,8 +58,13 @@ def channel(
             see a call once, before it has a node, go outside: `grpc.intercept_channel`.
         idempotent: Full names (`/package.Service/Method`) of methods that may be executed twice:
             these are sent elsewhere after any broken connection.
+        adopts: Say True if every node of the group adopts leases, as servers of this package do; a
+            channel learns it of each node from its first response, so only what breaks before that
+            depends on it.
         max_wait_s: Longest wait for capacity of a call without a deadline, seconds.
         connect_timeout_s: Longest wait for the connection to one node, seconds.
+        on_decision: Called with the decision and the lease before each sending, for logs. An error
+            that it raises ends the call.
 
     Raises:
         TypeError: Neither segments nor a router, or both.
@@ -82,9 +90,11 @@ def channel(
         owns_router=router is None,
         pool=pool,
         idempotent=idempotent,
+        adopts=adopts,
         max_wait_s=max_wait_s,
         connect_timeout_s=connect_timeout_s,
         single_threaded=any(name == _SINGLE_THREADED for name, _ in options),
+        on_decision=on_decision,
     )
     return RoutedChannel(core)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from shmcoord.course import SendRules, send_rules
+from shmcoord.course import OnDecision, SendRules, send_rules, telling, telling_async
 from shmcoord.errors import ShmcoordError
 from shmcoord.grpc._background import Background
 from shmcoord.router import Router
@@ -82,16 +82,22 @@ class Core:
         owns_router: bool,
         pool: LinkPool,
         idempotent: Collection[str],
+        adopts: bool,
         max_wait_s: float,
         connect_timeout_s: float,
         single_threaded: bool,
+        on_decision: OnDecision | None,
     ) -> None:
         self.router = router
         self.acquire = router.acquire
+        self.acquire_async = router.acquire_async
+        if on_decision is not None:
+            self.acquire = telling(router.acquire, on_decision)
+            self.acquire_async = telling_async(router.acquire_async, on_decision)
         self.group = group
         self.pool = pool
         self.links = pool.current
-        self.rules: SendRules = send_rules(router, False, idempotent, None, None)
+        self.rules: SendRules = send_rules(router, adopts, idempotent, None, None)
         self.earn = self.rules.budget.earn
         self.max_wait_s = max_wait_s
         self.connect_timeout_s = connect_timeout_s

@@ -68,7 +68,7 @@ class Search:
         core, ask = self._core, self._ask
         while True:
             try:
-                return core.router.acquire(
+                return core.acquire(
                     core.group,
                     self._wait_s(),
                     ask.cost,
@@ -86,7 +86,7 @@ class Search:
         core, ask = self._core, self._ask
         while True:
             try:
-                return await core.router.acquire_async(
+                return await core.acquire_async(
                     core.group,
                     self._wait_s(),
                     ask.cost,
