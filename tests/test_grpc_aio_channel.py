@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import grpc
 import grpc.aio
 import pytest
-from grpc_aio_nodes import Node, Stub, held, nothing_held
+from grpc_aio_nodes import Node, Stub, nothing_held
 
 import shmcoord.grpc
-from shmcoord.grpc import served_by
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import grpc
 import grpc.aio
 
 if TYPE_CHECKING:
+    from shmcoord.budget import RetryBudget
     from shmcoord.course import SendRules
     from shmcoord.grpc._aio_base import RoutedCall
     from shmcoord.router import Router
@@ -18,13 +19,25 @@ if TYPE_CHECKING:
 __all__ = ["Routes"]
 
 
+class _Earned:
+    """The retry budget for a request that was counted before."""
+
+    def __init__(self, budget: RetryBudget) -> None:
+        self.spend = budget.spend
+
+    def earn(self) -> None:
+        """Count nothing."""
+
+
 class Routes:
     """Where the calls of one channel go.
 
     Attributes:
         router: Picks and reserves.
         group: Of which nodes.
-        rules: For the `Course` of each call.
+        acquire: `router.acquire_async`.
+        earn: Counts a call for the retry budget.
+        rules: For the `Course` of a call, which is made when one is needed: after `earn`.
         links: To the nodes.
         max_wait_s: How long a call without a deadline waits for capacity, in seconds.
         connect_timeout_s: How long a call waits for one connection, in seconds.
@@ -33,7 +46,17 @@ class Routes:
     """
 
     __slots__ = (
-        *("_idle", "_loop", "active", "closed", "connect_timeout_s", "group", "links"),
+        *(
+            "_idle",
+            "_loop",
+            "acquire",
+            "active",
+            "earn",
+            "closed",
+            "connect_timeout_s",
+            "group",
+            "links",
+        ),
         *("max_wait_s", "router", "rules", "waiting"),
     )
 
@@ -47,8 +70,10 @@ class Routes:
         connect_timeout_s: float,
     ) -> None:
         self.router = router
+        self.acquire = router.acquire_async
+        self.earn = rules.budget.earn
         self.group = group
-        self.rules = rules
+        self.rules = rules._replace(budget=cast("RetryBudget", _Earned(rules.budget)))
         self.links = links
         self.max_wait_s = max_wait_s
         self.connect_timeout_s = connect_timeout_s
@@ -63,7 +88,10 @@ class Routes:
 
         Raises:
             RuntimeError: It belongs to another loop.
+            grpc.aio.UsageError: It was closed.
         """
+        if self.closed:
+            self.check_open()
         try:
             running = asyncio.get_running_loop()
         except RuntimeError:
@@ -104,9 +132,14 @@ class Routes:
             raise grpc.aio.UsageError("Channel is closed.")
 
     def has_ended(self) -> None:
-        """Count a call out."""
+        """Count a call out that could not begin."""
         self.active -= 1
-        if not self.active and self._idle is not None:
+        if not self.active:
+            self.has_none()
+
+    def has_none(self) -> None:
+        """Tell who waits for it that no call is active."""
+        if self._idle is not None:
             self._idle.set()
 
     async def idle(self, timeout_s: float) -> None:
