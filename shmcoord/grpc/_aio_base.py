@@ -26,10 +26,10 @@ or the initial metadata were handed out (`_committed`), and, for streams of requ
 messages are consumed, which grpcio begins when the call begins.
 
 What keeps it alive. As in grpcio, a call with one request and one response runs to its end
-even if nobody holds it: grpcio's call holds its done callback, and that holds us. Where somebody must
-go on reading (or writing) for the call to end, the callback has only a weak reference (`WeakEnd`):
-dropped with its last reference, such a call cancels grpcio's call and so gives the lease back, at
-once. While it waits for a node, its task holds it.
+even if nobody holds it: grpcio's call holds its done callback, and that holds us. Where somebody
+must go on reading (or writing) for the call to end, the callback has only a weak reference
+(`WeakEnd`): dropped with its last reference, such a call cancels grpcio's call and so gives the
+lease back, at once. While it waits for a node, its task holds it.
 """
 
 from __future__ import annotations
@@ -538,7 +538,9 @@ class RoutedCall:
             return False
         real = self._real
         if real is not None:
-            return bool(real.cancel())
+            cancelled = bool(real.cancel())
+            self._settle()
+            return cancelled
         self._cancelled = True
         task, self._task = self._task, None
         if task is not None:

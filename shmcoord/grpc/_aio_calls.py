@@ -48,6 +48,7 @@ class _OneResponse(RoutedCall):
                     self._tell()
                     raise
             except BaseException:
+                self._awaited = False  # whatever comes, we do not see it
                 self.cancel()
                 raise
             else:
