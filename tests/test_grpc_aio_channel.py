@@ -103,7 +103,7 @@ async def test_calls_are_what_the_public_interface_says(segment, open_channel):
             for warm in (False, True):  # with a wait for the connection, and without
                 if not warm:
                     await channel.close()
-                    channel = open_channel()  # noqa: PLW2901
+                    channel = open_channel()
                     stub = Stub(channel, _registered_method=True)
                 argument = {"Say": "x", "Count": " 1"}.get(name) or requests("x")
                 call = getattr(stub, name)(argument, timeout=9.0)
