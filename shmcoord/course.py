@@ -125,14 +125,24 @@ class Course:
 
     __slots__ = ("_ends", "_group", "_may_repeat", "_rules", "_tried", "exclude")
 
-    def __init__(self, rules: SendRules, group: str, method: str, timeout_s: float | None) -> None:
+    def __init__(
+        self,
+        rules: SendRules,
+        group: str,
+        method: str,
+        timeout_s: float | None,
+        *,
+        earned: bool = False,
+    ) -> None:
+        """Begin; `earned`: the call was counted for the retry budget before."""
         if timeout_s is not None and math.isnan(timeout_s):
             raise ValueError("timeout_s is not a number")
         self._ends = None if timeout_s is None else time.monotonic() + timeout_s
         self._rules = rules
         self._group = group
         self._may_repeat = method in rules.idempotent
-        rules.budget.earn()
+        if not earned:
+            rules.budget.earn()
         self._tried: list[Attempt] = []
         self.exclude: tuple[Backend, ...] = ()  # each node at most once per call
 

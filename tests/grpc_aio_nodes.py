@@ -1,11 +1,15 @@
 """Nodes that serve gRPC on an event loop and adopt leases, for the tests of the aio channel.
 
-Messages are strings. What a node does, the request says: a word, or several with commas between:
+Messages are strings. What a node does, the request says:
 
-- `fail CODE`: aborts with that code; `fail CODE n times`: the first n requests of the node only
-- `hold`: waits until `node.let_go` is set; `hold before`: before it adopts
+- `fail CODE`: aborts with that code
+- `hold`: waits until `node.let_go` is set; `hold before`: before it adopts; `greet`: after it has
+  sent the initial metadata
 - `lose`: refuses the lease as if it had been reaped
 - anything else: is answered
+
+Count takes a number behind that; with `then hold` or `then fail` it does that after the last
+response. Gather and Chat find the word in the metadata `words`.
 """
 
 from __future__ import annotations
@@ -120,8 +124,6 @@ class Node:
         self.arrived.set()
         if words == "lose":
             await refuse_lost_lease_async(context)
-        if words == "drop before":
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "before the lease was adopted")
         try:
             if words == "hold before":
                 await self.let_go.wait()
@@ -134,7 +136,9 @@ class Node:
                 self.done[method] += 1
                 if self.tells:
                     context.set_trailing_metadata(((NODE_KEY, self.name),))
-                if words == "hold":
+                if words == "greet":
+                    await context.send_initial_metadata(())
+                if words in ("hold", "greet"):
                     await self.let_go.wait()
                 if words.startswith("fail "):
                     code = grpc.StatusCode[words.split()[1]]

@@ -4,29 +4,32 @@ Theory of operation. The call object that a stub returns is ours, since a call m
 capacity, and may go to another node when the first one refuses. It delegates to grpcio's call
 object. At any time it is in one of these states:
 
-- *under way*: `_leg` is a `Leg`: a lease, a link, and grpcio's call on it. Where a node is free and
-  its link connected, a call is under way when the stub returns: no task was started for it.
-- *waiting*: `_leg` is None, and `_task` waits for capacity or for a connection.
-- *over*: `_over` is set. If the last leg has ended as the call has, `_leg` stays, and all that is
-  asked (code, metadata) is asked of grpcio's call. If there is none, because no node could be
-  had or because the call was cancelled while it waited, `_refusal` or `_cancelled` tells.
+- *under way*: `_real` is grpcio's call, `_lease` and `_link` are what it takes: a *leg* of the
+  call. Where a node is free and its link connected, a call is under way when the stub returns: no
+  task was started for it.
+- *waiting*: `_real` is None, and `_task` waits for capacity or for a connection.
+- *over*: `_over` is set. If the last leg has ended as the call has, `_real` stays, and all that is
+  asked (code, metadata) is asked of it. If there is none, because no node could be had or because
+  the call was cancelled while it waited, `_refusal` or `_cancelled` tells.
 
 Who moves it. grpcio runs the done callbacks of its call in the moment in which it learns of the
-end, before anybody who awaits that call is woken. The leg is such a callback, so the next state is
-decided there, once, whether or not somebody awaits: the lease is given back, and then either the
-call is over, or the request goes to another node (`Course.leave`): at once if one is free, else by
-a task. Whoever awaits us only follows: he awaits grpcio's call, and when that has failed he looks
-whether it is still ours. If it is not, he goes on with the next leg.
+end, before anybody who awaits that call is woken. There the next state is decided, once: the
+lease is given back, and then either the call is over, or the request goes to another node
+(`Course.leave`): at once if one is free, else by a task. Whoever awaits us only follows: he awaits
+grpcio's call, and when that has failed he looks whether it is still ours. If it is not, he goes on
+with the next leg. One exception saves the usual call a third of what it costs here: where somebody
+awaits the one response, the callback leaves the decision to him, who learns of the success for
+nothing; he is woken in the same turn of the loop. If somebody else asks before, he decides.
 
 Nothing is sent again when something of the call has been seen outside: after the first response
 or the initial metadata were handed out (`_committed`), and, for streams of requests, once their
 messages are consumed, which grpcio begins when the call begins.
 
 What keeps it alive. As in grpcio, a call with one request and one response runs to its end
-even if nobody holds it: grpcio's call holds the leg, and the leg the owner, until it ends. Where
-somebody must go on reading (or writing) for the call to end, the leg has only a weak reference:
-dropped with its last reference, such a call cancels grpcio's call and so gives the lease back, at
-once. While it waits for a node, its task holds it.
+even if nobody holds it: grpcio's call holds its done callback, and that holds us. Where somebody
+must go on reading (or writing) for the call to end, the callback has only a weak reference
+(`WeakEnd`): dropped with its last reference, such a call cancels grpcio's call and so gives the
+lease back, at once. While it waits for a node, its task holds it.
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import sys
 import time
 import types
-import weakref
 from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +48,16 @@ import grpc.aio
 
 from shmcoord.course import Course, NoneReachable
 from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
-from shmcoord.grpc._aio_leg import Leg
-from shmcoord.grpc._aio_metadata import Wishes, parse
-from shmcoord.grpc._aio_span import tell
-from shmcoord.grpc._common import LEASE_KEY
+from shmcoord.grpc._aio_ends import code_of, drop, error_of, learn
+from shmcoord.grpc._ask import PLAIN, ask_of
+from shmcoord.grpc._common import LEASE_KEY, served_by
 from shmcoord.grpc._refusal import Refusal, refusal
+from shmcoord.grpc._served import TRACE, tell_span
 from shmcoord.transport import ConnectionLost, Unreachable
 from shmcoord.transport._grpc_common import judge
 
 if TYPE_CHECKING:
+    from shmcoord.backend import Backend
     from shmcoord.grpc._aio_methods import RoutedMethod
     from shmcoord.lease import Lease
     from shmcoord.transport._grpc_aio_links import AioLink
@@ -62,7 +66,7 @@ __all__ = ["RoutedCall"]
 
 _log = logging.getLogger("shmcoord.grpc")
 
-_NO_WISHES = Wishes((), 1, None)
+_OK = grpc.StatusCode.OK
 _MAY_MOVE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
 _CANCELLED_HERE = "Locally cancelled by application!"  # as grpcio says it
 
@@ -79,12 +83,13 @@ class RoutedCall:
     own calls have too.
     """
 
-    #: Whether a call that nobody holds any more runs to its end; see above.
-    _runs_alone: bool = True
-
-    _leg: Leg | None = None
+    # What most calls never change is not set in each.
+    _real: Any = None
+    _lease: Lease | None = None
+    _link: AioLink[grpc.aio.Channel] | None = None
     _task: asyncio.Task[None] | None = None
     _over = False
+    _awaited = False  # somebody awaits the one response
     _committed = False
     _cancelled = False
     _refusal: Refusal | None = None
@@ -93,6 +98,8 @@ class RoutedCall:
     _node = ""
     _callbacks: list[Callable[[Any], object]] | None = None
     _watchers: list[asyncio.Future[None]] | None = None
+    _made_course: Course | None = None
+    _ask = PLAIN
     _look_again_at = 0.0
     _look_again_s = _LOOK_EVERY_S
     _patient_until: float | None = None
@@ -107,23 +114,23 @@ class RoutedCall:
         wait_for_ready: bool | None,
         compression: grpc.Compression | None,
     ) -> None:
-        routes = method.routes
-        routes.check_open()
-        runs = routes.enter()
         self._method = method
-        self._routes = routes
+        self._routes = routes = method.routes
         self._argument = argument
-        self._timeout = timeout
-        self._wishes = parse(metadata) if metadata else _NO_WISHES
         self._credentials = credentials
-        self._patient = bool(wait_for_ready)
+        self._patient = wait_for_ready
         self._compression = compression
-        self._course = Course(routes.rules, routes.group, method.name, timeout)
+        self._timeout = timeout
+        if metadata:
+            self._ask = ask_of(metadata)
+        runs = routes.enter()
+        self._ends_at = None if timeout is None else time.monotonic() + timeout
         self._context = contextvars.copy_context()
         routes.active += 1
+        routes.earn()
         try:
             if runs:
-                self._go(routes.max_wait_s if timeout is None else max(timeout, 0.0))
+                self._go(routes.max_wait_s if timeout is None else max(timeout, 0.0), ())
             else:
                 self._wait_in_task(None, None)
         except BaseException:
@@ -131,22 +138,26 @@ class RoutedCall:
             routes.has_ended()
             raise
 
+    @property
+    def _course(self) -> Course:
+        """What the call has tried; most calls never need it."""
+        course = self._made_course
+        if course is None:
+            left_s = None if self._ends_at is None else self._ends_at - time.monotonic()
+            course = self._made_course = Course(
+                self._routes.rules, self._routes.group, self._method.name, left_s, earned=True
+            )
+        return course
+
     # --- the way to a node
 
-    def _go(self, wait_s: float) -> None:
+    def _go(self, wait_s: float, exclude: tuple[Backend, ...]) -> None:
         """Begin a leg, at once if a node is free and connected; else have a task wait for it."""
         routes = self._routes
-        _, cost, key = self._wishes
+        cost, key, _ = self._ask
         # Driven by hand up to its first wait, which mostly never comes. So who finds callers
         # waiting queues behind them, and does it now, in the order of the calls.
-        asking = routes.router.acquire_async(
-            routes.group,
-            wait_s,
-            cost,
-            key=key,
-            explain=routes.on_decision is not None,
-            exclude=self._course.exclude,
-        )
+        asking = routes.acquire(routes.group, wait_s, cost, key=key, exclude=exclude)
         try:
             awaited = asking.send(None)
         except StopIteration as got:
@@ -167,37 +178,43 @@ class RoutedCall:
         if link is None:
             self._wait_in_task(lease, None)
         else:
-            self._begin(lease, link, self._timeout if not self._late else self._course.left_s())
+            self._begin(lease, link, self._course.left_s() if self._late else self._timeout)
 
     def _begin(
         self, lease: Lease, link: AioLink[grpc.aio.Channel], timeout_s: float | None
     ) -> None:
         """Begin grpcio's call."""
-        routes = self._routes
-        leg = Leg(self if self._runs_alone else weakref.ref(self), lease, link, routes.links)
+        method = self._method
+        token = (LEASE_KEY, lease.token)
+        sent = self._ask[2]
         try:
-            if routes.on_decision is not None and lease.decision is not None:
-                routes.on_decision(lease.decision, lease)
             # Not wait_for_ready: on a connection that breaks just now, it would wait for this one
             # node until the deadline.
-            real = self._method.on(link)(
+            real = (method.reals.get(link) or method.on(link))(
                 self._argument,
                 timeout=timeout_s,
-                metadata=(*self._wishes.sent, (LEASE_KEY, lease.token)),
+                metadata=(*sent, token) if sent else (token,),
                 credentials=self._credentials,
                 compression=self._compression,
             )
         except BaseException:
-            leg.drop(failed=True)
+            drop(lease, link, self._routes.links, failed=True)
             raise
-        leg.real = real
-        self._leg = leg
-        self._node = lease.node
+        self._real = real
+        self._lease = lease
+        self._link = link
+        self._node = node = lease.node
         if self._late:
             self._wake()
         else:
-            tell(self._node, routes.group)
-        real.add_done_callback(leg)
+            served_by.set(node)
+            if TRACE in sys.modules:
+                tell_span(node, self._routes.group)
+        real.add_done_callback(self._end_of_real())
+
+    def _end_of_real(self) -> Callable[[Any], object]:
+        """Return the done callback for grpcio's call."""
+        return self._real_ended
 
     def _wait_in_task(self, lease: Lease | None, asking: Any) -> None:
         self._late = True
@@ -240,17 +257,16 @@ class RoutedCall:
     async def _acquire(self, asking: Any) -> Lease:
         routes = self._routes
         course = self._course
-        _, cost, key = self._wishes
+        cost, key, _ = self._ask
         while True:
             try:
                 if asking is None:
                     left_s = course.left_s()
-                    asking = routes.router.acquire_async(
+                    asking = routes.acquire(
                         routes.group,
                         routes.max_wait_s if left_s is None else left_s,
                         cost,
                         key=key,
-                        explain=routes.on_decision is not None,
                         exclude=course.exclude,
                     )
                 lease: Lease = await asking
@@ -320,39 +336,70 @@ class RoutedCall:
 
     # --- the end of a leg, and of the call
 
-    def _leg_ended(self, leg: Leg, code: grpc.StatusCode | None) -> None:
+    def _real_ended(self, real: Any) -> None:
         """React to the end of grpcio's call; nothing may be raised here."""
+        if real is self._real and (not self._awaited or self._callbacks):
+            self._decide()
+
+    def _decide(self) -> None:
+        """Decide what the end of grpcio's call means, if that was not done before."""
+        real, link, lease = self._real, self._link, self._lease
+        if self._over or link is None or lease is None:
+            return
+        code = code_of(real)
+        if not link.adopts:
+            learn(link, real)
         try:
-            if code in _MAY_MOVE and not self._committed and self._moves(leg, code):
+            if code in _MAY_MOVE and not self._committed and self._moves(real, lease, link, code):
                 return
         except Exception:  # noqa: BLE001 - grpcio calls us in the middle of its work
             _log.exception("a call that has failed could not be sent elsewhere")
-        leg.drop(failed=code is not grpc.StatusCode.OK)
+        drop(lease, link, self._routes.links, code is not _OK)
         self._finish()
 
-    def _moves(self, leg: Leg, code: grpc.StatusCode) -> bool:
+    def _settle(self) -> None:
+        """Decide, if grpcio's call has ended and whoever awaits it was not woken yet."""
+        if not self._over and self._real is not None and self._real.done():
+            self._decide()
+
+    def _succeed(self) -> None:
+        """Note that grpcio's call has given its response."""
+        link, lease = self._link, self._lease
+        assert link is not None
+        assert lease is not None
+        if not link.adopts:
+            learn(link, self._real)
+        lease.release()
+        self._routes.links.give_back(link, failed=False)
+        self._finish()
+
+    def _moves(
+        self,
+        real: Any,
+        lease: Lease,
+        link: AioLink[grpc.aio.Channel],
+        code: grpc.StatusCode,
+    ) -> bool:
         """Send the request elsewhere if the rules allow it; else the leg's end is the call's."""
-        error = leg.error(code)
-        judged = judge(error)
+        judged = judge(error_of(real, code))
         if not isinstance(judged, (LeaseLost, ConnectionLost)):
             return False
-        assert leg.lease is not None
-        refused: NoneReachable | None = None
+        course = self._course
+        refused: Exception | None = None
         try:
-            if not self._course.leave(leg.lease, judged, leg.link.adopts):
+            if not course.leave(lease, judged, link.adopts):
                 return False
         except NoneReachable as spent:
             refused = spent
-        leg.drop(failed=True)
-        self._leg = None
+        drop(lease, link, self._routes.links, failed=True)
+        self._real = self._lease = self._link = None
         self._late = True
         try:
             if refused is not None:
                 raise refused
-            left_s = self._course.left_s()
-            self._context.copy().run(
-                self._go, self._routes.max_wait_s if left_s is None else left_s
-            )
+            left_s = course.left_s()
+            wait_s = self._routes.max_wait_s if left_s is None else left_s
+            self._context.copy().run(self._go, wait_s, course.exclude)
         except Exception as failed:  # noqa: BLE001 - it belongs to whoever awaits the call
             self._refuse(failed)
         return True
@@ -374,10 +421,13 @@ class RoutedCall:
 
     def _finish(self) -> None:
         self._over = True
-        self._argument = None
-        self._routes.has_ended()
+        self._lease = self._argument = None
+        routes = self._routes
+        routes.active -= 1
+        if not routes.active:
+            routes.has_none()
         if self._late:
-            self._routes.waiting.discard(self)
+            routes.waiting.discard(self)
             self._wake()
         if self._callbacks:
             callbacks, self._callbacks = self._callbacks, None
@@ -423,59 +473,73 @@ class RoutedCall:
     def _tell(self) -> None:
         """Tell whoever awaits which node serves, if he could not be told by the stub."""
         if self._late and self._node:
-            tell(self._node, self._routes.group)
+            served_by.set(self._node)
+            if TRACE in sys.modules:
+                tell_span(self._node, self._routes.group)
 
-    async def _some_leg(self) -> Leg | None:
-        """Wait for a leg; None if the call has ended without."""
-        while self._leg is None and not self._over:
+    async def _some_real(self) -> Any:
+        """Wait for grpcio's call; None if we have ended without."""
+        while self._real is None and not self._over:
             await self._change()
-        return self._leg
+        return self._real
 
-    async def _leg_or_error(self) -> Leg:
-        """Wait for a leg.
+    async def _real_or_error(self) -> Any:
+        """Wait for grpcio's call.
 
         Raises:
             grpc.aio.AioRpcError: There will be none.
-            asyncio.CancelledError: The call was cancelled.
+            asyncio.CancelledError: We were cancelled.
         """
-        leg = self._leg
-        if leg is None:
-            leg = await self._some_leg()
-            if leg is None:
+        real = self._real
+        if real is None:
+            real = await self._some_real()
+            if real is None:
                 raise self._outcome()
-        return leg
+        return real
 
-    async def _last_leg(self) -> Leg | None:
-        """Wait for the end of the call; None if it has ended without a leg."""
+    async def _last_real(self) -> Any:
+        """Wait for the end; return grpcio's last call, None if we have ended without."""
         while not self._over:
-            leg = await self._some_leg()
-            if leg is not None:
+            real = await self._some_real()
+            if real is not None:
                 try:
-                    await leg.real.code()
+                    await real.code()
                 except Exception:  # noqa: BLE001 - an interceptor's; asked for again below
                     break
-                if leg is self._leg:
+                self._settle()
+                if real is self._real:
                     break
-        return self._leg
+        return self._real
+
+    def _is_final(self, real: Any) -> bool:
+        """Whether the failure of grpcio's call is ours."""
+        if real is self._real:
+            self._settle()
+        return real is self._real
 
     # --- grpc.aio.Call
 
     def cancelled(self) -> bool:
         """Whether the call was cancelled."""
-        leg = self._leg
-        return self._cancelled if leg is None else bool(leg.real.cancelled())
+        self._settle()
+        real = self._real
+        return self._cancelled if real is None else bool(real.cancelled())
 
     def done(self) -> bool:
         """Whether the call has ended."""
+        self._settle()
         return self._over
 
     def cancel(self) -> bool:
         """Cancel the call; False if it had ended."""
+        self._settle()
         if self._over:
             return False
-        leg = self._leg
-        if leg is not None:
-            return bool(leg.real.cancel())
+        real = self._real
+        if real is not None:
+            cancelled = bool(real.cancel())
+            self._settle()
+            return cancelled
         self._cancelled = True
         task, self._task = self._task, None
         if task is not None:
@@ -485,6 +549,7 @@ class RoutedCall:
 
     def add_done_callback(self, callback: Callable[[Any], object]) -> None:
         """Have a function called with this object at the end of the call, or now if it was."""
+        self._settle()
         if self._over:
             callback(self)
         elif self._callbacks is None:
@@ -494,53 +559,50 @@ class RoutedCall:
 
     def time_remaining(self) -> float | None:
         """Return what is left of the call's time, in seconds; None without a deadline."""
-        try:
-            return self._course.left_s()
-        except TimeoutError:
-            return 0.0
+        return None if self._ends_at is None else max(0.0, self._ends_at - time.monotonic())
 
     async def initial_metadata(self) -> grpc.aio.Metadata:
         """Wait for the initial metadata; from then on the call stays with its node."""
         while True:
-            leg = await self._some_leg()
-            if leg is None:
+            real = await self._some_real()
+            if real is None:
                 return grpc.aio.Metadata()
-            metadata: grpc.aio.Metadata = await leg.real.initial_metadata()
-            if leg is self._leg:
+            metadata: grpc.aio.Metadata = await real.initial_metadata()
+            if real is self._real:
                 self._committed = True
                 return metadata
 
     async def trailing_metadata(self) -> grpc.aio.Metadata:
         """Wait for the trailing metadata."""
-        leg = await self._last_leg()
-        if leg is None:
+        real = await self._last_real()
+        if real is None:
             trailing = () if self._refusal is None else self._refusal.trailing
             return grpc.aio.Metadata(*trailing)
-        metadata: grpc.aio.Metadata = await leg.real.trailing_metadata()
+        metadata: grpc.aio.Metadata = await real.trailing_metadata()
         return metadata
 
     async def code(self) -> grpc.StatusCode:
         """Wait for the status code."""
-        leg = await self._last_leg()
-        if leg is None:
+        real = await self._last_real()
+        if real is None:
             return grpc.StatusCode.CANCELLED if self._refusal is None else self._refusal.code
-        code: grpc.StatusCode = await leg.real.code()
+        code: grpc.StatusCode = await real.code()
         return code
 
     async def details(self) -> str:
         """Wait for the message of the status."""
-        leg = await self._last_leg()
-        if leg is None:
+        real = await self._last_real()
+        if real is None:
             return _CANCELLED_HERE if self._refusal is None else self._refusal.details
-        details: str = await leg.real.details()
+        details: str = await real.details()
         return details
 
     async def debug_error_string(self) -> str:
         """Wait for what gRPC says of the failure."""
-        leg = await self._last_leg()
-        if leg is None:
+        real = await self._last_real()
+        if real is None:
             return await self.details()
-        text: str = await leg.real.debug_error_string()
+        text: str = await real.debug_error_string()
         return text
 
     async def wait_for_connection(self) -> None:
@@ -550,20 +612,20 @@ class RoutedCall:
             grpc.aio.AioRpcError: It could not be.
         """
         while True:
-            leg = await self._leg_or_error()
+            real = await self._real_or_error()
             self._tell()
             try:
-                await leg.real.wait_for_connection()
+                await real.wait_for_connection()
             except grpc.aio.AioRpcError:
-                if leg is self._leg:
+                if self._is_final(real):
                     raise
             else:
-                if leg is self._leg:
+                if real is self._real:
                     return
 
     def __repr__(self) -> str:
-        if self._leg is not None:
-            return f"<{type(self).__name__} to {self._node} of {self._leg.real!r}>"
+        if self._real is not None:
+            return f"<{type(self).__name__} to {self._node} of {self._real!r}>"
         if self._refusal is not None:
             return f"<{type(self).__name__}, {self._refusal.code}: {self._refusal.details}>"
         state = "cancelled" if self._cancelled else "waits for a node"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import weakref
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
 from shmcoord.grpc._aio_base import RoutedCall
+from shmcoord.grpc._aio_ends import WeakEnd
 
 if TYPE_CHECKING:
     from shmcoord.lease import Lease
@@ -34,23 +34,28 @@ class _OneResponse(RoutedCall):
                 call.
         """
         while True:
-            leg = self._leg
+            real = self._real
             try:
-                if leg is None:
+                if real is None:
                     if self._over:
                         raise self._outcome()
                     yield from self._change()
                     continue
-                response = yield from leg.real.__await__()
+                self._awaited = True
+                response = yield from real.__await__()
             except grpc.aio.AioRpcError:
-                if leg is self._leg:
+                if self._is_final(real):
                     self._tell()
                     raise
             except BaseException:
+                self._awaited = False  # whatever comes, we do not see it
                 self.cancel()
                 raise
             else:
-                self._tell()
+                if not self._over:
+                    self._succeed()
+                if self._late:
+                    self._tell()
                 return response
 
 
@@ -58,9 +63,18 @@ class _Dropped(RoutedCall):
     """Cancelled when nobody holds it any more."""
 
     _runs_alone = False
+    _end: WeakEnd | None = None
+
+    def _end_of_real(self) -> Callable[[Any], object]:
+        assert self._lease is not None
+        assert self._link is not None
+        end = self._end = WeakEnd(self, self._lease, self._link, self._routes.links)
+        if self._runs_alone:
+            end.kept = self
+        return end
 
     def __del__(self) -> None:
-        if self._over or self._runs_alone or self._leg is None:
+        if self._over or self._runs_alone or self._real is None:
             return
         loop = self._routes.loop
         try:
@@ -74,23 +88,22 @@ class _Dropped(RoutedCall):
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._abandon)
             return
-        lease = self._leg.lease  # the loop was closed
+        lease = self._lease  # the loop was closed
         if lease is not None and not lease.released:
             lease.release()
 
     def _abandon(self) -> None:
-        leg = self._leg
-        if self._over or leg is None:
-            return
-        leg.owner = self  # the weak reference is dead, but somebody may wait for our callbacks
-        leg.real.cancel()
+        real = self._real
+        if not self._over and real is not None:
+            real.cancel()
+            self._decide()  # the weak reference to us may be dead
 
 
 class _Responses(_Dropped):
     """Responses are iterated over or read, one after another."""
 
     _iterator: AsyncIterator[Any] | None = None
-    _iterated: Any = None  # the leg that `_iterator` is of
+    _iterated: Any = None  # the call of grpcio that `_iterator` is of
     _reads: bool | None = None  # by `read`, not by iteration
 
     def __aiter__(self) -> AsyncIterator[Any]:
@@ -104,20 +117,20 @@ class _Responses(_Dropped):
     async def __anext__(self) -> Any:
         """Wait for the next response."""
         while True:
-            leg = self._leg
+            real = self._real
             try:
-                if leg is None:
-                    leg = await self._leg_or_error()
-                if self._iterated is not leg:
+                if real is None:
+                    real = await self._real_or_error()
+                if self._iterated is not real:
                     self._tell()
-                    self._iterated = leg
-                    self._iterator = leg.real.__aiter__()
+                    self._iterated = real
+                    self._iterator = real.__aiter__()
                 assert self._iterator is not None
                 response = await self._iterator.__anext__()
             except StopAsyncIteration:
                 raise
             except grpc.aio.AioRpcError:
-                if leg is self._leg:
+                if self._is_final(real):
                     raise
             except BaseException:
                 self.cancel()
@@ -131,14 +144,14 @@ class _Responses(_Dropped):
         if not self._over:
             self._read_style(True)
         while True:
-            leg = self._leg
+            real = self._real
             try:
-                if leg is None:
-                    leg = await self._leg_or_error()
+                if real is None:
+                    real = await self._real_or_error()
                 self._tell()
-                response = await leg.real.read()
+                response = await real.read()
             except grpc.aio.AioRpcError:
-                if leg is self._leg:
+                if self._is_final(real):
                     raise
             except BaseException:
                 self.cancel()
@@ -172,21 +185,21 @@ class _Requests(_Dropped):
 
     async def write(self, request: Any) -> None:
         """Write a request."""
-        leg = await self._writable()
-        await leg.real.write(request)
+        real = await self._writable()
+        await real.write(request)
 
     async def done_writing(self) -> None:
         """Say that no further request comes."""
-        leg = await self._writable()
-        await leg.real.done_writing()
+        real = await self._writable()
+        await real.done_writing()
 
     async def _writable(self) -> Any:
         if self._iterates:
             raise grpc.aio.UsageError(_MIXED_STYLES)
-        leg = await self._leg_or_error()
+        real = await self._real_or_error()
         self._tell()
         self._committed = True
-        return leg
+        return real
 
 
 class UnaryUnaryCall(_OneResponse, grpc.aio.UnaryUnaryCall[Any, Any]):
@@ -210,10 +223,9 @@ class StreamUnaryCall(_Requests, _OneResponse, grpc.aio.StreamUnaryCall[Any, Any
     async def done_writing(self) -> None:
         """Say that no further request comes."""
         await super().done_writing()
-        leg = self._leg
-        if leg is not None and isinstance(leg.owner, weakref.ref):
-            self._runs_alone = True
-            leg.owner = self
+        self._runs_alone = True
+        if self._end is not None and not self._over:
+            self._end.kept = self
 
 
 class StreamStreamCall(_Requests, _Responses, grpc.aio.StreamStreamCall[Any, Any]):

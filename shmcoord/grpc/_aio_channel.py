@@ -17,6 +17,7 @@ from shmcoord.grpc._aio_state import state_of
 from shmcoord.router import Router
 from shmcoord.segment import Mapping
 from shmcoord.transport._grpc_aio_links import AioLinks
+from shmcoord.transport._grpc_common import without_retries
 
 __all__ = ["RoutedChannel", "channel"]
 
@@ -67,10 +68,11 @@ def channel(
             that it raises ends the call.
 
     Raises:
-        ValueError: Neither segments nor a router are given, or both; or a time is negative.
+        TypeError: Neither segments nor a router are given, or both.
+        ValueError: A time is negative.
     """
     if (router is None) == (not segments):
-        raise ValueError("give segments, or a router, and not both")
+        raise TypeError("give either names of segments or router=")
     if not max_wait_s >= 0 or not connect_timeout_s >= 0:
         raise ValueError("max_wait_s and connect_timeout_s must not be negative")
     own = Router(*segments, policy=policy) if router is None else None
@@ -81,7 +83,7 @@ def channel(
         links: AioLinks[grpc.aio.Channel] = AioLinks(
             lambda link_channel: link_channel,
             credentials=credentials,
-            options=options,
+            options=without_retries(options),
             compression=compression,
             interceptors=interceptors,
         )

@@ -28,6 +28,7 @@ class RoutedMethod:
     Attributes:
         routes: Of the channel.
         name: `/package.Service/Method`.
+        reals: grpcio's objects for the method, by link.
     """
 
     _kind = ""  # the name of the channel's method
@@ -45,15 +46,15 @@ class RoutedMethod:
         self._codec = (request_serializer, response_deserializer)
         # Generated stubs say so, of methods whose handles grpcio may keep.
         self._options = {"_registered_method": registered} if registered else {}
-        self._reals: dict[AioLink[grpc.aio.Channel], Any] = {}
+        self.reals: dict[AioLink[grpc.aio.Channel], Any] = {}
 
     def on(self, link: AioLink[grpc.aio.Channel]) -> Any:
         """Return grpcio's object for the method on a link, made once per link."""
-        real = self._reals.get(link)
+        real = self.reals.get(link)
         if real is None:
-            self._reals = {kept: of for kept, of in self._reals.items() if not kept.closed}
+            self.reals = {kept: of for kept, of in self.reals.items() if not kept.closed}
             make = getattr(link.channel, self._kind)
-            real = self._reals[link] = make(self.name, *self._codec, **self._options)
+            real = self.reals[link] = make(self.name, *self._codec, **self._options)
         return real
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
+from shmcoord.course import telling_async
+
 if TYPE_CHECKING:
     from shmcoord.course import OnDecision, SendRules
     from shmcoord.grpc._aio_base import RoutedCall
+    from shmcoord.lease import Lease
     from shmcoord.router import Router
     from shmcoord.transport._grpc_aio_links import AioLinks
 
@@ -24,18 +28,20 @@ class Routes:
     Attributes:
         router: Picks and reserves.
         group: Of which nodes.
-        rules: For the `Course` of each call.
+        acquire: `router.acquire_async`, which tells its decision if somebody wants to hear it.
+        earn: Counts a call for the retry budget.
+        rules: For the `Course` of a call, which is made when one is needed: after
+            `earn`.
         links: To the nodes.
         max_wait_s: How long a call without a deadline waits for capacity, in seconds.
         connect_timeout_s: How long a call waits for one connection, in seconds.
-        on_decision: Is told of each decision; None: nobody is.
         waiting: The calls that have no node at the moment.
         active: How many calls have not ended.
     """
 
     __slots__ = (
-        *("_idle", "_loop", "active", "closed", "connect_timeout_s", "group", "links"),
-        *("max_wait_s", "on_decision", "router", "rules", "waiting"),
+        *("_idle", "_loop", "acquire", "active", "closed", "connect_timeout_s", "earn", "group"),
+        *("links", "max_wait_s", "router", "rules", "waiting"),
     )
 
     def __init__(
@@ -49,12 +55,15 @@ class Routes:
         on_decision: OnDecision | None,
     ) -> None:
         self.router = router
+        self.acquire: Callable[..., Coroutine[Any, Any, Lease]] = router.acquire_async
+        if on_decision is not None:
+            self.acquire = telling_async(router.acquire_async, on_decision)
+        self.earn = rules.budget.earn
         self.group = group
         self.rules = rules
         self.links = links
         self.max_wait_s = max_wait_s
         self.connect_timeout_s = connect_timeout_s
-        self.on_decision = on_decision
         self.closed = False
         self.waiting: set[RoutedCall] = set()
         self.active = 0
@@ -66,7 +75,10 @@ class Routes:
 
         Raises:
             RuntimeError: It belongs to another loop.
+            grpc.aio.UsageError: It was closed.
         """
+        if self.closed:
+            self.check_open()
         try:
             running = asyncio.get_running_loop()
         except RuntimeError:
@@ -107,9 +119,14 @@ class Routes:
             raise grpc.aio.UsageError("Channel is closed.")
 
     def has_ended(self) -> None:
-        """Count a call out."""
+        """Count a call out that could not begin."""
         self.active -= 1
-        if not self.active and self._idle is not None:
+        if not self.active:
+            self.has_none()
+
+    def has_none(self) -> None:
+        """Tell who waits for it that no call is active."""
+        if self._idle is not None:
             self._idle.set()
 
     async def idle(self, timeout_s: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from shmcoord.grpc._common import COST_KEY, KEY_KEY
+from shmcoord.grpc._common import COST_KEY, KEY_KEY, LEASE_KEY
 
 __all__ = ["PLAIN", "Ask", "ask_of"]
 
@@ -31,6 +31,8 @@ PLAIN = Ask()
 def ask_of(metadata: Iterable[Any]) -> Ask:
     """Read `shmcoord-cost` and `shmcoord-key`.
 
+    A lease among it, of a gateway that passes on what it got, is another call's, and goes out.
+
     Raises:
         ValueError: The cost is no whole number.
     """
@@ -48,6 +50,6 @@ def ask_of(metadata: Iterable[Any]) -> Ask:
                 ) from None
         elif name == KEY_KEY:
             key = pair[1]
-        else:
+        elif name != LEASE_KEY:
             sent.append(pair)
     return Ask(cost, key, tuple(sent))

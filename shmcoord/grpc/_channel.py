@@ -13,9 +13,10 @@ from shmcoord.api import Segment
 from shmcoord.course import OnDecision
 from shmcoord.grpc._calls import RoutedStreamStream, RoutedUnaryStream
 from shmcoord.grpc._connectivity import Connectivity
-from shmcoord.grpc._core import Core, Method, dressed, with_defaults
+from shmcoord.grpc._core import Core, Method, dressed
 from shmcoord.grpc._unary import RoutedStreamUnary, RoutedUnaryUnary
 from shmcoord.router import Router
+from shmcoord.transport._grpc_common import without_retries
 from shmcoord.transport._grpc_links import LinkPool
 
 __all__ = ["RoutedChannel", "channel"]
@@ -81,7 +82,7 @@ def channel(
     pool = LinkPool(
         dressed(interceptors),
         credentials=credentials,
-        options=with_defaults(options),
+        options=without_retries(options),
         compression=compression,
     )
     core = Core(

@@ -169,17 +169,3 @@ def dressed(interceptors: Sequence[Any]) -> Callable[[grpc.Channel], grpc.Channe
     if not interceptors:
         return lambda channel: channel
     return lambda channel: grpc.intercept_channel(channel, *interceptors)
-
-
-def with_defaults(options: Sequence[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
-    """Return the options for the channels to the nodes.
-
-    gRPC's own retries are off unless the user gives a service config, or asks for them: a link is
-    one connection, so there is nothing to retry on; where a call may go after a failure is said by
-    the lease. Without that layer a call takes 3 % less time, as much as the lease in its metadata
-    costs.
-    """
-    names = {name for name, _ in options}
-    if names & {"grpc.service_config", "grpc.enable_retries"}:
-        return tuple(options)
-    return (("grpc.enable_retries", 0), *options)

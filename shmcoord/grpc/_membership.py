@@ -18,6 +18,7 @@ from shmcoord.errors import ForkedHandle, LeaseLost, ShmcoordError
 from shmcoord.grpc._common import LEASE_LOST_KEY, NODE_KEY, ORCA_KEY, REFUSED
 from shmcoord.grpc._orca import LoadReporter
 from shmcoord.grpc._refusal import Refusal
+from shmcoord.grpc._served import TRACE, tell_span
 from shmcoord.grpc._waiting import Waiting
 
 if TYPE_CHECKING:
@@ -223,9 +224,5 @@ class Membership:
 
 def note_span(place: Place) -> None:
     """Tell OpenTelemetry's current span which node serves, if anybody uses OpenTelemetry here."""
-    trace = sys.modules.get("opentelemetry.trace")
-    if trace is not None:
-        span = trace.get_current_span()
-        if span.is_recording():
-            span.set_attribute("shmcoord.node", place.node)
-            span.set_attribute("shmcoord.group", place.group)
+    if TRACE in sys.modules:
+        tell_span(place.node, place.group)

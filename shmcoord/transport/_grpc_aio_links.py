@@ -140,8 +140,9 @@ class AioLinks(Generic[T]):
     def take_ready(self, endpoint: str) -> AioLink[T] | None:
         """Lend the link to an endpoint for one call if it is connected; else None."""
         link = self._current.get(endpoint)
-        if link is None or not link.is_ready():
+        if link is None or link.channel.get_state() is not READY:
             return None
+        link.was_ready = True
         link.calls += 1
         return link
 
