@@ -1,0 +1,255 @@
+"""Plain gRPC and shmcoord behind one face, so that the same test runs against both.
+
+Plain gRPC is the control: what it does is what a drop-in must do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from certificates import make_authority, make_certificate, need_openssl
+from helpers import SHM, Raw, wait_until
+
+import shmcoord
+import shmcoord.grpc
+
+T = TypeVar("T")
+GROUP = "GREEN"
+LINKS = ("tcp", "unix", "tls", "mutual tls")
+#: What each test gives every call, so that none hangs.
+PATIENCE_S = 20.0
+OWN_KEYS = ("shmcoord-", "endpoint-load-metrics")
+
+
+class LoopThread:
+    """An event loop in a thread, for servers and channels of asyncio in tests without."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="loop of the test")
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 30.0) -> T:
+        """What the coroutine returned."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
+
+    def close(self) -> None:
+        self.run(self._leave())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    async def _leave(self) -> None:
+        await self.loop.shutdown_asyncgens()
+
+
+@dataclass
+class Link:
+    """How clients reach servers."""
+
+    kind: str
+    folder: Path
+    client: grpc.ChannelCredentials | None = None
+    server: grpc.ServerCredentials | None = None
+    sockets: Iterator[int] = field(default_factory=itertools.count)
+
+    def new_address(self) -> str:
+        """Where a server may listen; a port is chosen there."""
+        if self.kind == "unix":
+            return f"unix:{self.folder / f's{next(self.sockets)}'}"
+        return "127.0.0.1:0"
+
+    def listen(self, server: grpc.Server | grpc.aio.Server, address: str | None = None) -> str:
+        """Add the port to a server of either kind; the address that clients use."""
+        address = address or self.new_address()
+        if self.server is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, self.server)
+        assert port
+        return address if self.kind == "unix" else f"{address.rpartition(':')[0]}:{port}"
+
+
+def make_links(folder: Path) -> dict[str, Link]:
+    """A link of each kind. Skips the test where there is no openssl."""
+    need_openssl()
+    make_authority(folder, "ca")
+    make_certificate(folder, "ca", "server", "IP:127.0.0.1,DNS:localhost")
+    make_certificate(folder, "ca", "client", "DNS:client")
+    pem = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ca, server = pem["ca.pem"], (pem["server.key"], pem["server.pem"])
+    trusting = grpc.ssl_channel_credentials(ca)
+    known = grpc.ssl_channel_credentials(ca, pem["client.key"], pem["client.pem"])
+    return {
+        "tcp": Link("tcp", folder),
+        "unix": Link("unix", folder),
+        "tls": Link("tls", folder, trusting, grpc.ssl_server_credentials([server])),
+        "mutual tls": Link(
+            "mutual tls",
+            folder,
+            known,
+            grpc.ssl_server_credentials([server], ca, require_client_auth=True),
+        ),
+    }
+
+
+class World:
+    """Servers and channels of one test, of plain gRPC; they end with it."""
+
+    name = "plain"
+
+    def __init__(self, services: ModuleType, loop: LoopThread, link: Link) -> None:
+        self.services = services
+        self.loop = loop
+        self.link = link
+        self.address = ""
+        self.endings = contextlib.ExitStack()
+
+    # --- what differs
+
+    def _sync_server(self, node: str, workers: int, **options: Any) -> grpc.Server:
+        pool = ThreadPoolExecutor(workers)
+        self.endings.callback(pool.shutdown)
+        return grpc.server(pool, options=[("grpc.so_reuseport", 0)], **options)
+
+    def _aio_server(self, node: str, **options: Any) -> grpc.aio.Server:
+        return grpc.aio.server(options=[("grpc.so_reuseport", 0)], **options)
+
+    def _sync_channel(self, interceptors: Iterable[Any] = (), **options: Any) -> grpc.Channel:
+        if self.link.client is None:
+            channel = grpc.insecure_channel(self.address, **options)
+        else:
+            channel = grpc.secure_channel(self.address, self.link.client, **options)
+        return grpc.intercept_channel(channel, *interceptors)
+
+    def _aio_channel(self, **options: Any) -> grpc.aio.Channel:
+        if self.link.client is None:
+            return grpc.aio.insecure_channel(self.address, **options)
+        return grpc.aio.secure_channel(self.address, self.link.client, **options)
+
+    def check(self) -> None:
+        """Nothing is held any more."""
+
+    # --- what does not
+
+    def serve(
+        self, kind: str, node: str = "B", *, workers: int = 4, features: Any = None, **options: Any
+    ) -> str:
+        """Start a server with both services; its address."""
+        services = self.services
+        given = () if features is None else (features,)
+        listen_at: str | None = options.pop("address", None)
+
+        def add(
+            server: grpc.Server | grpc.aio.Server, greeter: Callable[[], Any], guide: Callable
+        ) -> str:
+            services.helloworld_pb2_grpc.add_GreeterServicer_to_server(greeter(), server)
+            services.route_guide_pb2_grpc.add_RouteGuideServicer_to_server(guide(*given), server)
+            return self.link.listen(server, listen_at)
+
+        if kind == "sync":
+            server = self._sync_server(node, workers, **options)
+            self.address = add(server, services.Greeter, services.RouteGuide)
+            server.start()
+            self.endings.callback(lambda: server.stop(None).wait())
+            return self.address
+
+        async def start() -> grpc.aio.Server:
+            server = self._aio_server(node, **options)
+            self.address = add(server, services.AioGreeter, services.AioRouteGuide)
+            await server.start()
+            return server
+
+        aio_server = self.loop.run(start())
+        self.endings.callback(lambda: self.loop.run(aio_server.stop(None)))
+        return self.address
+
+    def channel(self, **options: Any) -> grpc.Channel:
+        """A channel of threads, closed with the test."""
+        return self.endings.enter_context(self._sync_channel(**options))
+
+    def with_channel(self, client: Callable[..., Coroutine[Any, Any, T]], **options: Any) -> T:
+        """Run `client(channel)` on the event loop, with a channel of asyncio."""
+
+        async def work() -> T:
+            async with self._aio_channel(**options) as channel:
+                return await client(channel)
+
+        return self.loop.run(work())
+
+    def close(self) -> None:
+        try:
+            self.check()
+        finally:
+            self.endings.close()
+
+
+class Routed(World):
+    """The same through shmcoord."""
+
+    name = "shmcoord"
+
+    def __init__(
+        self, services: ModuleType, loop: LoopThread, link: Link, segment: shmcoord.Segment
+    ) -> None:
+        super().__init__(services, loop, link)
+        self.segment = segment
+
+    def _sync_server(self, node: str, workers: int, **options: Any) -> grpc.Server:
+        return shmcoord.grpc.server(
+            workers, node=node, segment=self.segment.name, group=GROUP, **options
+        )
+
+    def _aio_server(self, node: str, **options: Any) -> grpc.aio.Server:
+        return shmcoord.grpc.aio.server(
+            node=node, segment=self.segment.name, group=GROUP, **options
+        )
+
+    def _sync_channel(self, **options: Any) -> grpc.Channel:
+        return shmcoord.grpc.channel(
+            self.segment.name, group=GROUP, credentials=self.link.client, **options
+        )
+
+    def _aio_channel(self, **options: Any) -> grpc.aio.Channel:
+        return shmcoord.grpc.aio.channel(
+            self.segment.name, group=GROUP, credentials=self.link.client, **options
+        )
+
+    def held(self) -> str:
+        """What is held of nodes and cells, in words; "" for nothing."""
+        if not (SHM / self.segment.name).exists():
+            return ""
+        said = [
+            f"{status.node}: {status.inflight} in flight, {status.waiting} waiting"
+            for status in self.segment.snapshot()
+            if status.queue or status.inflight or status.waiting
+        ]
+        cells = Raw(self.segment.name).taken()
+        return "; ".join([*said, *([f"{cells} lease cells"] if cells else [])])
+
+    def check(self) -> None:
+        # The server ends a call a moment after the client has its status.
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not self.held(), 5.0)
+        assert self.held() == ""
+
+
+def users(metadata: Iterable[tuple[str, str | bytes]] | None) -> list[tuple[str, str | bytes]]:
+    """Metadata without what shmcoord adds."""
+    return sorted((key, value) for key, value in metadata or () if not key.startswith(OWN_KEYS))
+
+
+def node_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | bytes | None:
+    """The node that trailing metadata names."""
+    return dict(metadata or ()).get("shmcoord-node")
