@@ -9,10 +9,10 @@ Names that `Greeter` takes as orders:
     "":         INVALID_ARGUMENT, with details.
     "bug":      the handler raises an exception that is none of gRPC's.
     "sleep 2":  the answer takes so many seconds, or until the caller has gone away.
-    "gzip ...": the answer is compressed.
     "left":     the answer is the time that is left to the call, in seconds, or "None".
+    "gzip ...": the answer is compressed.
 
-`ListFeatures` does so with the names of features, `RouteChat` with notes.
+`ListFeatures` obeys the names of features, and `RouteChat` notes, in all but the last.
 """
 
 from __future__ import annotations
@@ -143,8 +143,6 @@ def _obey(name: str, context: grpc.ServicerContext) -> str:
         ended = threading.Event()
         if context.add_callback(ended.set):
             ended.wait(float(rest))
-    if order == "gzip":
-        context.set_compression(grpc.Compression.Gzip)
     if order == "left":
         return str(context.time_remaining())
     return name
@@ -152,6 +150,8 @@ def _obey(name: str, context: grpc.ServicerContext) -> str:
 
 class Greeter(helloworld_pb2_grpc.GreeterServicer):
     def SayHello(self, request: HelloRequest, context: grpc.ServicerContext) -> HelloReply:  # noqa: N802
+        if request.name.startswith("gzip "):
+            context.set_compression(grpc.Compression.Gzip)
         _greet(context)
         return HelloReply(message=f"Hello, {_obey(request.name, context)}!")
 
@@ -213,8 +213,6 @@ async def _aio_obey(name: str, context: grpc.aio.ServicerContext) -> str:
         raise RuntimeError("a bug of the handler")
     if order == "sleep":
         await asyncio.sleep(float(rest))
-    if order == "gzip":
-        context.set_compression(grpc.Compression.Gzip)
     if order == "left":
         return str(context.time_remaining())
     return name
@@ -224,6 +222,8 @@ class AioGreeter(helloworld_pb2_grpc.GreeterServicer):
     async def SayHello(  # noqa: N802
         self, request: HelloRequest, context: grpc.aio.ServicerContext
     ) -> HelloReply:
+        if request.name.startswith("gzip "):
+            context.set_compression(grpc.Compression.Gzip)
         await _aio_greet(context)
         return HelloReply(message=f"Hello, {await _aio_obey(request.name, context)}!")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -138,25 +139,52 @@ class World:
             return grpc.aio.insecure_channel(self.address, **options)
         return grpc.aio.secure_channel(self.address, self.link.client, **options)
 
+    def _stand_behind(self, relay: Counting, options: dict[str, Any]) -> None:
+        """Tell clients of a relay instead of the server."""
+
     def check(self) -> None:
         """Nothing is held any more."""
 
     # --- what does not
 
     def serve(
-        self, kind: str, node: str = "B", *, workers: int = 4, features: Any = None, **options: Any
+        self,
+        kind: str,
+        node: str = "B",
+        *,
+        workers: int = 4,
+        features: Any = None,
+        address: str | None = None,
+        behind: Counting | None = None,
+        **options: Any,
     ) -> str:
-        """Start a server with both services; its address."""
+        """Start a server with both services; the address that clients use.
+
+        Args:
+            kind: "sync" or "aio".
+            node: Its name.
+            workers: Threads of a server that has any.
+            features: What `RouteGuide` knows.
+            address: Where it listens; by default where nobody does.
+            behind: What stands in front of it.
+            options: Of the server.
+        """
         services = self.services
         given = () if features is None else (features,)
-        listen_at: str | None = options.pop("address", None)
+        if behind is not None:
+            self._stand_behind(behind, options)
 
         def add(
             server: grpc.Server | grpc.aio.Server, greeter: Callable[[], Any], guide: Callable
         ) -> str:
             services.helloworld_pb2_grpc.add_GreeterServicer_to_server(greeter(), server)
             services.route_guide_pb2_grpc.add_RouteGuideServicer_to_server(guide(*given), server)
-            return self.link.listen(server, listen_at)
+            reached = self.link.listen(server, address)
+            if behind is None:
+                return reached
+            host, _, port = reached.rpartition(":")
+            behind.target = host, int(port)
+            return behind.address
 
         if kind == "sync":
             server = self._sync_server(node, workers, **options)
@@ -226,6 +254,9 @@ class Routed(World):
             self.segment.name, group=GROUP, credentials=self.link.client, **options
         )
 
+    def _stand_behind(self, relay: Counting, options: dict[str, Any]) -> None:
+        options["endpoint"] = relay.address
+
     def held(self) -> str:
         """What is held of nodes and cells, in words; "" for nothing."""
         if not (SHM / self.segment.name).exists():
@@ -243,6 +274,57 @@ class Routed(World):
         with contextlib.suppress(AssertionError):
             wait_until(lambda: not self.held(), 5.0)
         assert self.held() == ""
+
+
+class Counting:
+    """A relay in front of a server that counts what goes through it.
+
+    Attributes:
+        up: Bytes from the client.
+        down: Bytes from the server.
+        target: Host and port of the server.
+    """
+
+    def __init__(self) -> None:
+        self.up = self.down = 0
+        self.target = "", 0
+        self._open: list[socket.socket] = []
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = "{}:{}".format(*self._listening.getsockname())
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listening.accept()
+            except OSError:  # closed
+                return
+            far = socket.create_connection(self.target)
+            self._open += [near, far]
+            for args in ((near, far, "up"), (far, near, "down")):
+                self._threads.append(threading.Thread(target=self._relay, args=args))
+                self._threads[-1].start()
+
+    def _relay(self, source: socket.socket, target: socket.socket, counter: str) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                # Only this thread counts this way.
+                setattr(self, counter, getattr(self, counter) + len(data))
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for end in (self._listening, *self._open):
+            end.close()
 
 
 def users(metadata: Iterable[tuple[str, str | bytes]] | None) -> list[tuple[str, str | bytes]]:
