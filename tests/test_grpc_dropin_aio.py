@@ -308,12 +308,13 @@ def test_a_unary_call(server: str, client: Callable):
 
 def test_a_unary_call_is_cancelled(server: str, client: Callable):
     async def work(client: Client) -> None:
-        for connected in (True, False):
+        # At once, a turn of the loop later, and when the handler must be at it.
+        for later_s in (None, 0.0, 0.05):
             over = asyncio.get_running_loop().create_future()
             call = client.hello("sleep 5")
             call.add_done_callback(over.set_result)
-            if connected:
-                await call.initial_metadata()
+            if later_s is not None:
+                await asyncio.sleep(later_s)
             assert call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
@@ -414,6 +415,12 @@ def test_a_request_iterator_that_raises(server: str, client: Callable):
 # --- the channel
 
 
+def slow(client: Client, seconds: float = 5.0) -> Any:
+    """A stream that sends its initial metadata at once and ends so much later."""
+    note = client.services.route_guide_pb2.RouteNote(message=f"sleep {seconds}")
+    return client.guide.RouteChat(iter([note]), timeout=T)
+
+
 def test_a_channel_that_was_closed(
     world: World, server: str, example_services: ModuleType, client: Callable
 ):
@@ -429,7 +436,7 @@ def test_a_channel_that_was_closed(
 
     async def afterwards() -> None:
         with pytest.raises(asyncio.CancelledError):
-            await call
+            await call.read()
         assert await call.code() is CANCELLED
         with pytest.raises(grpc.aio.UsageError, match=r"[Cc]losed"):
             await client.hello("you")
@@ -440,7 +447,7 @@ def test_a_channel_that_was_closed(
 
 def test_closing_with_grace_lets_calls_end(server: str, client: Callable):
     async def work(client: Client) -> None:
-        calls = client.hello("sleep 0.2"), client.hello("sleep 5")
+        calls = slow(client, 0.2), slow(client, 5.0)
         for call in calls:
             await call.initial_metadata()
         began = time.monotonic()
@@ -448,7 +455,7 @@ def test_closing_with_grace_lets_calls_end(server: str, client: Callable):
         assert time.monotonic() - began < 3.0
         assert await ended(calls[0]) is OK
         with pytest.raises(asyncio.CancelledError):
-            await calls[1]
+            await calls[1].read()
 
     client(work)
 
