@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,8 @@ CANCELLED = grpc.StatusCode.CANCELLED
 DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 T = PATIENCE_S
+#: Tries again soon where nobody listened.
+SOON = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50)]
 
 
 @pytest.fixture(params=["sync", "aio"])
@@ -112,7 +115,7 @@ def test_wait_for_ready_waits_for_a_server(
 ):
     world.link = grpc_links["unix"]
     world.address = world.link.new_address()
-    client = Client(example_services, world.channel())
+    client = Client(example_services, world.channel(options=SOON))
     asked = {"wait_for_ready": True, "timeout": T}
     future = client.greeter.SayHello.future(client.hello(name="early"), **asked)
     features = client.guide.ListFeatures(example_services.everywhere(), **asked)
@@ -386,7 +389,28 @@ def test_the_with_block_closes_the_channel(world: World, server: str, example_se
     channel.close()
 
 
+@contextlib.contextmanager
+def until_nobody_watches() -> Iterator[None]:
+    """Leave when the threads that gRPC began inside have ended.
+
+    One that watches a channel of gRPC ends up to 0.2 s after nobody wants to know any more, and
+    raises where the channel is closed before.
+    """
+
+    def watching() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if "(_run)" in thread.name}
+
+    before = watching()
+    yield
+    wait_until(lambda: watching() <= before)
+
+
 def test_connectivity(client: Client):
+    with until_nobody_watches():
+        connectivity(client)
+
+
+def connectivity(client: Client) -> None:
     states: list[grpc.ChannelConnectivity] = []
     seen = states.append
     client.channel.subscribe(seen, try_to_connect=True)
@@ -400,11 +424,13 @@ def test_connectivity(client: Client):
 def test_channel_ready_waits_for_a_server(world: World, grpc_links: dict[str, Link]):
     world.link = grpc_links["unix"]
     world.address = world.link.new_address()
-    ready = grpc.channel_ready_future(world.channel())
-    with pytest.raises(grpc.FutureTimeoutError):
-        ready.result(0.1)
-    world.serve("sync", address=world.address)
-    ready.result(T)
+    channel = world.channel(options=SOON)
+    with until_nobody_watches():
+        ready = grpc.channel_ready_future(channel)
+        with pytest.raises(grpc.FutureTimeoutError):
+            ready.result(0.1)
+        world.serve("aio", address=world.address)
+        ready.result(T)
 
 
 def test_methods_without_a_stub(client: Client):
