@@ -115,6 +115,7 @@ class World:
         self.loop = loop
         self.link = link
         self.address = ""
+        self.servers: dict[str, Any] = {}
         self.endings = contextlib.ExitStack()
 
     # --- what differs
@@ -190,7 +191,8 @@ class World:
             server = self._sync_server(node, workers, **options)
             self.address = add(server, services.Greeter, services.RouteGuide)
             server.start()
-            self.endings.callback(lambda: server.stop(None).wait())
+            self.servers[node] = server
+            self.endings.callback(self.stop, None, node)
             return self.address
 
         async def start() -> grpc.aio.Server:
@@ -199,9 +201,17 @@ class World:
             await server.start()
             return server
 
-        aio_server = self.loop.run(start())
-        self.endings.callback(lambda: self.loop.run(aio_server.stop(None)))
+        self.servers[node] = self.loop.run(start())
+        self.endings.callback(self.stop, None, node)
         return self.address
+
+    def stop(self, grace: float | None, node: str = "B") -> None:
+        """Stop a server, and wait until it has."""
+        server = self.servers[node]
+        if isinstance(server, grpc.aio.Server):
+            self.loop.run(server.stop(grace))
+        else:
+            server.stop(grace).wait()
 
     def channel(self, **options: Any) -> grpc.Channel:
         """A channel of threads, closed with the test."""
