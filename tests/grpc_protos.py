@@ -32,7 +32,9 @@ def generated(*plugins: str) -> Path:
     sources = sorted(PROTOS.glob("*.proto"))
     made_of = [path.read_bytes() for path in sources]
     made_of += [f"{plugins} {version('grpcio-tools')}".encode()]
-    if any(plugin.startswith("mypy") for plugin in plugins):
+    # These two tell each file that they write.
+    quiet = any(plugin.startswith("mypy") for plugin in plugins)
+    if quiet:
         made_of.append(version("mypy-protobuf").encode())
     target = CACHE / hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     if target.is_dir():
@@ -50,6 +52,7 @@ def generated(*plugins: str) -> Path:
             ],
             env={**os.environ, "PATH": path},
             check=True,
+            stderr=subprocess.DEVNULL if quiet else None,
             timeout=60,
         )
         try:
