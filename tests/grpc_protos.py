@@ -32,9 +32,7 @@ def generated(*plugins: str) -> Path:
     sources = sorted(PROTOS.glob("*.proto"))
     made_of = [path.read_bytes() for path in sources]
     made_of += [f"{plugins} {version('grpcio-tools')}".encode()]
-    # These two tell each file that they write.
-    quiet = any(plugin.startswith("mypy") for plugin in plugins)
-    if quiet:
+    if any(plugin.startswith("mypy") for plugin in plugins):
         made_of.append(version("mypy-protobuf").encode())
     target = CACHE / hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     if target.is_dir():
@@ -44,17 +42,19 @@ def generated(*plugins: str) -> Path:
     part = Path(tempfile.mkdtemp(prefix="part-", dir=CACHE))
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     try:
-        subprocess.run(
+        done = subprocess.run(
             [
                 *(sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}"),
                 *(f"--{plugin}_out={part}" for plugin in plugins),
                 *(path.name for path in sources),
             ],
             env={**os.environ, "PATH": path},
-            check=True,
-            stderr=subprocess.DEVNULL if quiet else None,
+            capture_output=True,
+            text=True,
             timeout=60,
+            check=False,
         )
+        assert done.returncode == 0, done.stderr
         try:
             part.rename(target)
         except OSError:  # another session was faster
