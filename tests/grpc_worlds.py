@@ -155,6 +155,7 @@ class World:
         *,
         workers: int = 4,
         features: Any = None,
+        servicers: tuple[Any, Any] | None = None,
         address: str | None = None,
         behind: Counting | None = None,
         **options: Any,
@@ -166,20 +167,26 @@ class World:
             node: Its name.
             workers: Threads of a server that has any.
             features: What `RouteGuide` knows.
+            servicers: In place of new ones of the services.
             address: Where it listens; by default where nobody does.
             behind: What stands in front of it.
             options: Of the server.
         """
         services = self.services
-        given = () if features is None else (features,)
         if behind is not None:
             self._stand_behind(behind, options)
 
-        def add(
-            server: grpc.Server | grpc.aio.Server, greeter: Callable[[], Any], guide: Callable
-        ) -> str:
-            services.helloworld_pb2_grpc.add_GreeterServicer_to_server(greeter(), server)
-            services.route_guide_pb2_grpc.add_RouteGuideServicer_to_server(guide(*given), server)
+        if servicers is None:
+            given = () if features is None else (features,)
+            greeter, guide = {
+                "sync": (services.Greeter, services.RouteGuide),
+                "aio": (services.AioGreeter, services.AioRouteGuide),
+            }[kind]
+            servicers = greeter(), guide(*given)
+
+        def add(server: grpc.Server | grpc.aio.Server) -> str:
+            services.helloworld_pb2_grpc.add_GreeterServicer_to_server(servicers[0], server)
+            services.route_guide_pb2_grpc.add_RouteGuideServicer_to_server(servicers[1], server)
             reached = self.link.listen(server, address)
             if behind is None:
                 return reached
@@ -189,7 +196,7 @@ class World:
 
         if kind == "sync":
             server = self._sync_server(node, workers, **options)
-            self.address = add(server, services.Greeter, services.RouteGuide)
+            self.address = add(server)
             server.start()
             self.servers[node] = server
             self.endings.callback(self.stop, None, node)
@@ -197,7 +204,7 @@ class World:
 
         async def start() -> grpc.aio.Server:
             server = self._aio_server(node, **options)
-            self.address = add(server, services.AioGreeter, services.AioRouteGuide)
+            self.address = add(server)
             await server.start()
             return server
 
