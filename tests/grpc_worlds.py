@@ -224,14 +224,19 @@ class World:
         """A channel of threads, closed with the test."""
         return self.endings.enter_context(self._sync_channel(**options))
 
-    def with_channel(self, client: Callable[..., Coroutine[Any, Any, T]], **options: Any) -> T:
+    def with_channel(
+        self,
+        client: Callable[..., Coroutine[Any, Any, T]],
+        timeout_s: float = 30.0,
+        **options: Any,
+    ) -> T:
         """Run `client(channel)` on the event loop, with a channel of asyncio."""
 
         async def work() -> T:
             async with self._aio_channel(**options) as channel:
                 return await client(channel)
 
-        return self.loop.run(work())
+        return self.loop.run(work(), timeout_s)
 
     def close(self) -> None:
         try:
