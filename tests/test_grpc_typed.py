@@ -34,7 +34,7 @@ WRONG = {
     "kind of a channel": (
         "server: grpc.aio.Server = shmcoord.grpc.aio.server(",
         "server: grpc.Server = shmcoord.grpc.aio.server(",
-        'Incompatible types in assignment (expression has type "grpc.aio._server.Server"',
+        'variable has type "Server"',
     ),
     "request": (
         "await greeter.SayHello(REQUEST, timeout=1.0)",

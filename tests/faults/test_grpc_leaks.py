@@ -43,9 +43,9 @@ def leaks(routed: Routed, tally: grpc_storm.Tally | None) -> list[str]:
     if waiters := Raw(routed.segment.name).number("sync", "waiters", 4):
         found.append(f"{waiters} routers that wait")
     for status in routed.segment.snapshot() if tally else ():
-        counted, began = status.served + status.failed, tally.began[status.node]
-        if counted != began:
-            found.append(f"{status.node} counted {counted} calls of {began} that handlers began")
+        began = tally.began[status.node]
+        if status.served != began:
+            found.append(f"{status.node} counted {status.served} calls, handlers began {began}")
     return found
 
 
