@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -174,7 +175,23 @@ def routed(new_world: Callable[..., Routed]) -> Routed:
 def test_a_server_publishes_what_it_does(routed: Routed, example_services: ModuleType, kind: str):
     """One call of each kind is in progress; then all have ended, two of them badly."""
     features = [example_services.place("sleep 9", 410000000, -740000000)]
-    routed.serve(kind, workers=4, features=features)
+    begun = threading.Event()
+
+    class Greeter(example_services.Greeter):
+        def SayHello(self, request: Any, context: Any) -> Any:  # noqa: N802
+            begun.set()
+            return super().SayHello(request, context)
+
+    class AioGreeter(example_services.AioGreeter):
+        async def SayHello(self, request: Any, context: Any) -> Any:  # noqa: N802
+            begun.set()
+            return await super().SayHello(request, context)
+
+    greeter, guide_of = {
+        "sync": (Greeter, example_services.RouteGuide),
+        "aio": (AioGreeter, example_services.AioRouteGuide),
+    }[kind]
+    routed.serve(kind, workers=4, servicers=(greeter(), guide_of(features)))
     status = routed.segment.status("B")
     assert (status.state, status.queue, status.served) == (State.IDLE, 0, 0)
     channel = routed.channel()
@@ -194,7 +211,9 @@ def test_a_server_publishes_what_it_does(routed: Routed, example_services: Modul
         guide.RecordRoute.future(held(points(example_services)), timeout=T),
         guide.RouteChat(held(notes(example_services)), timeout=T),
     ]
-    wait_until(lambda: routed.segment.status("B").inflight == 4)
+    # The handlers of those that will be cancelled have begun.
+    assert begun.wait(T)
+    calls[1].initial_metadata()
     status = routed.segment.status("B")
     assert (status.state, status.queue, status.served) == (State.BUSY, 4, 0)
     for call in calls[:2]:
@@ -224,19 +243,30 @@ def test_calls_go_to_the_node_that_is_free(
     asked: list[tuple[str, Counter]] = []
 
     def busy() -> str:
+        """The node that has something to do; waits until it is only that one.
+
+        A node ends a call a moment after the client has its status.
+        """
+        wait_until(lambda: sum(one.queue for one in routed.segment.snapshot()) == 1)
         return next(one.node for one in routed.segment.snapshot() if one.queue)
 
     def one_of_each(open_channel: Any) -> Iterator[Any]:
         """A call of each kind, one after the other."""
         guide = example_services.route_guide_pb2_grpc.RouteGuideStub(open_channel)
         if isinstance(open_channel, grpc.Channel):
-            yield guide.GetFeature.future(points(example_services)[0], timeout=T)
-            yield guide.RecordRoute.future(iter(points(example_services)), timeout=T)
+            yield guide.GetFeature.with_call(points(example_services)[0], timeout=T)[1]
+            yield guide.RecordRoute.with_call(iter(points(example_services)), timeout=T)[1]
         else:
             yield guide.GetFeature(points(example_services)[0], timeout=T)
             yield guide.RecordRoute(iter(points(example_services)), timeout=T)
-        yield guide.ListFeatures(example_services.everywhere(), timeout=T)
-        yield guide.RouteChat(iter(notes(example_services)), timeout=T)
+        for begin in (
+            lambda: guide.ListFeatures(example_services.everywhere(), timeout=T),
+            lambda: guide.RouteChat(iter(notes(example_services)), timeout=T),
+        ):
+            call = begin()
+            if isinstance(open_channel, grpc.Channel):
+                list(call)
+            yield call
 
     def threads(open_channel: grpc.Channel) -> None:
         guide = example_services.route_guide_pb2_grpc.RouteGuideStub(open_channel)
@@ -247,8 +277,7 @@ def test_calls_go_to_the_node_that_is_free(
         nodes: Counter = Counter()
         for _ in range(5):
             for one in one_of_each(open_channel):
-                if hasattr(one, "__next__"):
-                    list(one)
+                busy()
                 nodes[served_by(one)] += 1
         asked.append((busy(), nodes))
         call.cancel()
@@ -264,6 +293,8 @@ def test_calls_go_to_the_node_that_is_free(
                     async for _ in one:
                         pass
                 assert await one.code() is OK
+                while len([one for one in routed.segment.snapshot() if one.queue]) > 1:
+                    await asyncio.sleep(0.001)
                 nodes[node_in(await one.trailing_metadata())] += 1
         asked.append((busy(), nodes))
         call.cancel()
