@@ -267,13 +267,15 @@ class Routed(World):
         )
 
     def _sync_channel(self, **options: Any) -> grpc.Channel:
+        segments = () if "router" in options else (self.segment.name,)
         return shmcoord.grpc.channel(
-            self.segment.name, group=GROUP, credentials=self.link.client, **options
+            *segments, group=GROUP, credentials=self.link.client, **options
         )
 
     def _aio_channel(self, **options: Any) -> grpc.aio.Channel:
+        segments = () if "router" in options else (self.segment.name,)
         return shmcoord.grpc.aio.channel(
-            self.segment.name, group=GROUP, credentials=self.link.client, **options
+            *segments, group=GROUP, credentials=self.link.client, **options
         )
 
     def _stand_behind(self, relay: Counting, options: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ Every operation returns how it ended; the handlers count what they began.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 import threading
 from collections import Counter
@@ -61,13 +62,19 @@ def aio_counted(base: type, node: str, tally: Tally) -> type:
             async for response in getattr(base, name)(self, request, context):
                 yield response
 
-        return stream if name in ("ListFeatures", "RouteChat") else answer
+        def plain(self: Any, request: Any, context: Any) -> Any:
+            tally.begin(node)
+            return getattr(base, name)(self, request, context)
+
+        if inspect.isasyncgenfunction(getattr(base, name)):
+            return stream
+        return answer if inspect.iscoroutinefunction(getattr(base, name)) else plain
 
     return type(base.__name__, (base,), {name: counting(name) for name in _methods(base)})
 
 
 def _methods(base: type) -> list[str]:
-    return [name for name, value in vars(base).items() if name[0] != "_" and callable(value)]
+    return [name for name in dir(base) if name[0] != "_" and callable(getattr(base, name))]
 
 
 class _Requests:
@@ -255,6 +262,8 @@ class Tasks(_Requests):
                 ended = "task cancelled"
             except Bug:
                 ended = "client's exception"
+            except grpc.aio.InternalError:  # of a write to a call that has just ended
+                ended = "write failed"
             seen[f"aio {operation.__name__.removeprefix('do_')}: {ended}"] += 1
 
     async def do_call(self) -> None:

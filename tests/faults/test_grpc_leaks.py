@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc_storm
 import pytest
@@ -22,6 +23,7 @@ from grpc_worlds import Routed
 from helpers import Raw, wait_until
 
 import shmcoord
+from shmcoord.grpc._counting import Arrival
 
 THREADS, TASKS = 6, 12
 CAPACITY = 8
@@ -58,8 +60,10 @@ def settled(routed: Routed, tally: grpc_storm.Tally | None, timeout_s: float = 2
 
 
 @pytest.fixture
-def routed(new_world: Callable[..., Routed]) -> Routed:
-    return new_world("shmcoord")
+def routed(new_world: Callable[..., Routed]) -> Iterator[Routed]:
+    logging.disable(logging.CRITICAL)  # gRPC logs each exception of a handler
+    yield new_world("shmcoord")
+    logging.disable(logging.NOTSET)
 
 
 def start(routed: Routed, services: ModuleType) -> grpc_storm.Tally:
@@ -75,21 +79,29 @@ def start(routed: Routed, services: ModuleType) -> grpc_storm.Tally:
     return tally
 
 
-def storm(routed: Routed, services: ModuleType, calls: int, seed: int) -> Counter[str]:
+def storm(
+    routed: Routed, services: ModuleType, calls: int, seed: int, kind: Any = shmcoord.Router
+) -> Counter[str]:
     """Half of the calls through each channel, both at once; how they ended."""
     seen: list[Counter[str]] = []
+    # Many calls fail on purpose: no node is left out for that.
+    rules = {"eject_after": 0}
 
     async def on_the_loop(channel: Any) -> Counter[str]:
         return await grpc_storm.by_tasks(services, channel, calls // 2, TASKS, seed)
 
     def with_a_loop() -> None:
-        seen.append(routed.with_channel(on_the_loop, timeout_s=3000.0))
+        with kind(routed.segment.name, **rules) as router:
+            seen.append(routed.with_channel(on_the_loop, timeout_s=3000.0, router=router))
 
     thread = threading.Thread(target=with_a_loop)
     thread.start()
     try:
-        channel = routed.channel()
-        seen.append(grpc_storm.by_threads(services, channel, calls // 2, THREADS, seed))
+        with (
+            kind(routed.segment.name, **rules) as router,
+            routed.channel(router=router) as channel,
+        ):
+            seen.append(grpc_storm.by_threads(services, channel, calls // 2, THREADS, seed))
     finally:
         thread.join()
     return sum(seen, Counter())
@@ -130,6 +142,80 @@ def test_nothing_is_held_after_calls_that_end_in_every_way(
         failed=ends["UNKNOWN"] + ends["INVALID_ARGUMENT"] + ends["client's exception"],
         calls_per_s=round(calls / took_s),
     )
+
+
+class Keeping(shmcoord.Router):
+    """Its leases are not released by whom they were given to, one in so many."""
+
+    kept: ClassVar[list[shmcoord.Lease]] = []
+
+    def acquire(self, *args: Any, **options: Any) -> Any:
+        return Kept(super().acquire(*args, **options))
+
+
+class Kept:
+    def __init__(self, lease: shmcoord.Lease) -> None:
+        self._lease = lease
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lease, name)
+
+    def release(self) -> bool:
+        if len(Keeping.kept) < 3:
+            Keeping.kept.append(self._lease)
+            return False
+        return self._lease.release()
+
+
+def test_a_client_that_keeps_leases_is_found(
+    routed: Routed, example_services: ModuleType, report: Callable[..., None]
+):
+    """Negative control: what a channel releases is not released three times."""
+    tally = start(routed, example_services)
+    with (
+        Keeping(routed.segment.name) as router,
+        routed.channel(router=router) as channel,
+    ):
+        grpc_storm.by_threads(example_services, channel, 60, THREADS, seed=21)
+        found = settled(routed, tally, timeout_s=1.0)
+        assert "3 leases that are not released" in found
+        Keeping.kept.clear()
+        assert settled(routed, tally) == []
+    report("gRPC calls, control: three releases of the client taken out", found=" and ".join(found))
+
+
+def test_a_server_that_ends_no_request_is_found(
+    routed: Routed,
+    example_services: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    report: Callable[..., None],
+):
+    """Negative control: three requests that have been served are not ended."""
+    tally = start(routed, example_services)
+    kept: list[Any] = []
+    end = Arrival.end
+
+    def forgetful(self: Arrival, *args: Any) -> None:
+        if self.request is not None and len(kept) < 3:
+            kept.append(self)
+        else:
+            end(self, *args)
+
+    monkeypatch.setattr(Arrival, "end", forgetful)
+    with routed.channel() as channel:
+        grpc_storm.by_threads(example_services, channel, 60, THREADS, seed=22)
+        found = settled(routed, tally, timeout_s=1.0)
+        held = [
+            status.node + f": {status.inflight} in flight" for status in routed.segment.snapshot()
+        ]
+        cells = Raw(routed.segment.name).taken()
+        for arrival in kept:
+            arrival.request.end()
+            arrival.request = None
+        assert cells == 3
+        assert len(found) >= 2, found  # what is held, and what was counted
+        assert settled(routed, tally) == []
+    report("gRPC calls, control: the end of three requests taken out", found=" and ".join(held))
 
 
 async def count_tasks() -> int:
