@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -30,6 +31,10 @@ GROUP = "GREEN"
 LINKS = ("tcp", "unix", "tls", "mutual tls")
 #: What each test gives every call, so that none hangs.
 PATIENCE_S = 20.0
+#: Kinds of channel and server. test_grpc_dropin.py tries every pair always, the other tests only at
+#: the full counts of the fault harness.
+KINDS = ("sync", "aio")
+FULL = os.environ.get("SHMCOORD_FAULTS", "") == "full"
 OWN_KEYS = ("shmcoord-", "endpoint-load-metrics")
 
 

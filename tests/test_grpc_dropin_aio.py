@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_sessions import METADATA, notes, points
-from grpc_worlds import PATIENCE_S, Counting, Link, World, users
+from grpc_worlds import FULL, KINDS, PATIENCE_S, Counting, Link, World, users
 
 CANCELLED = grpc.StatusCode.CANCELLED
 DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED
@@ -67,9 +67,9 @@ async def ended(call: Any) -> grpc.StatusCode:
     return await call.code()
 
 
-@pytest.fixture(params=["sync", "aio"])
+@pytest.fixture(params=KINDS if FULL else KINDS[1:])
 def server(world: World, request: pytest.FixtureRequest) -> str:
-    """A server of each kind, which runs; its kind."""
+    """A server that runs; its kind."""
     world.serve(request.param)
     return request.param
 
@@ -127,7 +127,7 @@ def test_without_a_server_a_call_fails_at_once(unserved: World, client: Callable
     client(work)
 
 
-@pytest.mark.parametrize("kind", ["sync", "aio"])
+@pytest.mark.parametrize("kind", KINDS if FULL else KINDS[1:])
 def test_wait_for_ready_waits_for_a_server(unserved: World, client: Callable, kind: str):
     async def work(client: Client) -> None:
         reply = asyncio.ensure_future(ended(client.hello("you", wait_for_ready=True)))
@@ -154,7 +154,7 @@ def test_wait_for_ready_waits_no_longer_than_the_deadline(unserved: World, clien
 # --- compression, options, credentials
 
 
-@pytest.mark.parametrize("kind", ["sync", "aio"])
+@pytest.mark.parametrize("kind", KINDS if FULL else KINDS[1:])
 def test_compression(world: World, client: Callable, kind: str):
     """Seen by what goes over the wire, of the call and of the channel."""
     long = "x" * 100_000

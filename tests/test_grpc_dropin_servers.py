@@ -15,14 +15,13 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_sessions import METADATA, notes, points
-from grpc_worlds import PATIENCE_S, Routed, World, node_in
+from grpc_worlds import FULL, KINDS, PATIENCE_S, Routed, World, node_in
 from helpers import wait_until
 
 from shmcoord import State
 
 T = PATIENCE_S
 OK = grpc.StatusCode.OK
-KINDS = ("sync", "aio")
 
 
 def greet(services: ModuleType, channel: grpc.Channel, name: str = "you", **options: Any) -> Any:
@@ -231,7 +230,9 @@ def test_a_server_publishes_what_it_does(routed: Routed, example_services: Modul
     assert routed.segment.status("B").failed == 1
 
 
-@pytest.mark.parametrize("kinds", [(one, other) for one in KINDS for other in KINDS])
+@pytest.mark.parametrize(
+    "kinds", [(one, other) for one in KINDS for other in KINDS] if FULL else [KINDS]
+)
 @pytest.mark.parametrize("channel", KINDS)
 def test_calls_go_to_the_node_that_is_free(
     routed: Routed, example_services: ModuleType, channel: str, kinds: tuple[str, str]

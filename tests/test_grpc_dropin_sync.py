@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_sessions import METADATA, notes, points
-from grpc_worlds import PATIENCE_S, Counting, Link, World, users
+from grpc_worlds import FULL, KINDS, PATIENCE_S, Counting, Link, World, users
 from helpers import wait_until
 
 CANCELLED = grpc.StatusCode.CANCELLED
@@ -24,9 +24,9 @@ T = PATIENCE_S
 SOON = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50)]
 
 
-@pytest.fixture(params=["sync", "aio"])
+@pytest.fixture(params=KINDS if FULL else KINDS[:1])
 def server(world: World, request: pytest.FixtureRequest) -> str:
-    """A server of each kind, which runs; its kind."""
+    """A server that runs; its kind."""
     world.serve(request.param)
     return request.param
 
@@ -109,7 +109,7 @@ def test_without_a_server_a_call_fails_at_once(
     assert time.monotonic() - began < 3.0
 
 
-@pytest.mark.parametrize("kind", ["sync", "aio"])
+@pytest.mark.parametrize("kind", KINDS if FULL else KINDS[:1])
 def test_wait_for_ready_waits_for_a_server(
     world: World, grpc_links: dict[str, Link], example_services: ModuleType, kind: str
 ):
@@ -145,7 +145,7 @@ def test_wait_for_ready_waits_no_longer_than_the_deadline(
 # --- compression, options, credentials
 
 
-@pytest.mark.parametrize("kind", ["sync", "aio"])
+@pytest.mark.parametrize("kind", KINDS if FULL else KINDS[:1])
 def test_compression(world: World, example_services: ModuleType, kind: str):
     """Seen by what goes over the wire, of the call and of the channel."""
     long = "x" * 100_000
