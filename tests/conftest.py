@@ -7,11 +7,16 @@ import os
 import secrets
 import signal
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 from helpers import SHM, Child
 
 from shmcoord import Segment
+
+if TYPE_CHECKING:
+    from grpc_worlds import Link, World
 
 # A shell's background job has SIGINT ignored and hands that on: Ctrl-C is tested all the same.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -85,3 +90,53 @@ def spawn_node(spawn: Callable[..., Child]) -> Callable[..., Child]:
         return child
 
     return start
+
+
+@pytest.fixture(scope="session")
+def example_services() -> ModuleType:
+    """`grpc_services`, with the code generated for the protos of the examples on the path."""
+    pytest.importorskip("grpc", reason="grpcio is not installed (extra `test`)")
+    import grpc_protos
+
+    grpc_protos.importable()
+    import grpc_services
+
+    return grpc_services
+
+
+@pytest.fixture(scope="session")
+def grpc_links(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Link]:
+    """A link of each kind, see `grpc_worlds`."""
+    from grpc_worlds import make_links
+
+    return make_links(tmp_path_factory.mktemp("links"))
+
+
+@pytest.fixture
+def new_world(
+    example_services: ModuleType, grpc_links: dict[str, Link], new_name: Callable[[], str]
+) -> Iterator[Callable[..., World]]:
+    """`new_world("plain" or "shmcoord", "tcp")`: see `grpc_worlds`; all end with the test."""
+    from grpc_worlds import LoopThread, Routed, World
+
+    with contextlib.ExitStack() as endings:
+        loop = LoopThread()
+        endings.callback(loop.close)
+
+        def start(name: str, link: str = "tcp") -> World:
+            parts = (example_services, loop, grpc_links[link])
+            if name == "plain":
+                world = World(*parts)
+            else:
+                segment = endings.enter_context(Segment.open(new_name(), slots=8, leases=64))
+                world = Routed(*parts, segment)
+            endings.callback(world.close)
+            return world
+
+        yield start
+
+
+@pytest.fixture(params=["plain", "shmcoord"])
+def world(new_world: Callable[..., World], request: pytest.FixtureRequest) -> World:
+    """Plain gRPC, and the same through shmcoord."""
+    return new_world(request.param)

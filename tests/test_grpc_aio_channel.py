@@ -239,9 +239,9 @@ async def test_over_a_unix_socket(segment, open_channel, tmp_path):
 
 async def test_wrong_arguments(segment):
     make = shmcoord.grpc.aio.channel
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(TypeError, match="either"):
         make(group="GREEN")
-    with Router(segment) as router, pytest.raises(ValueError, match="not both"):
+    with Router(segment) as router, pytest.raises(TypeError, match="either"):
         make(segment, group="GREEN", router=router)
     with pytest.raises(ValueError, match="negative"):
         make(segment, group="GREEN", max_wait_s=-1.0)

@@ -14,6 +14,7 @@ from shmcoord.course import OnDecision, send_rules
 from shmcoord.grpc._aio_methods import StreamStream, StreamUnary, UnaryStream, UnaryUnary
 from shmcoord.grpc._aio_routes import Routes
 from shmcoord.grpc._aio_state import state_of
+from shmcoord.grpc._once import around_aio
 from shmcoord.router import Router
 from shmcoord.segment import Mapping
 from shmcoord.transport._grpc_aio_links import AioLinks
@@ -85,7 +86,7 @@ def channel(
             credentials=credentials,
             options=without_retries(options),
             compression=compression,
-            interceptors=interceptors,
+            interceptors=around_aio(interceptors),
         )
     except BaseException:
         if own is not None:

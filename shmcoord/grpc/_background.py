@@ -47,7 +47,9 @@ class Background:
             self._closed = True
             loop, self._loop = self._loop, None
         if loop is not None:
-            loop.call_soon_threadsafe(loop.stop)
+            # A turn later than all that was given to `run`: a task that is cancelled before its
+            # first step runs nothing at all, and its call would never be over.
+            loop.call_soon_threadsafe(loop.call_soon, loop.stop)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -12,6 +12,7 @@ import grpc
 
 from shmcoord.errors import ForkedHandle, NoBackend, Saturated, ShmcoordError
 from shmcoord.grpc._ask import PLAIN, ask_of
+from shmcoord.grpc._bare import CANCELLED
 from shmcoord.grpc._bases import CallFuture, StreamStream, UnaryStream
 from shmcoord.grpc._core import CLOSED, Core, Method
 from shmcoord.grpc._flight import Flight, Hold, NoRealCall
@@ -103,7 +104,7 @@ class RoutedCall(grpc.RpcError, CallFuture):
         with flight.changed:
             real = flight.real
             if real is None:
-                return flight.refusal is not None and flight.refusal.code is _CANCELLED
+                return flight.refusal is CANCELLED
         if not flight.over:
             return False
         ask = getattr(real, "cancelled", None)
@@ -182,7 +183,7 @@ class RoutedCall(grpc.RpcError, CallFuture):
 
     def _raise_if_cancelled(self) -> None:
         refusal = self._flight.refusal
-        if refusal is not None and refusal.code is _CANCELLED:
+        if refusal is CANCELLED:  # by the caller: closing the channel is an error, as in gRPC
             raise grpc.FutureCancelledError
 
     def _fail(self) -> Any:

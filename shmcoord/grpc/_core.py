@@ -15,6 +15,7 @@ import grpc
 from shmcoord.course import OnDecision, SendRules, send_rules, telling, telling_async
 from shmcoord.errors import ShmcoordError
 from shmcoord.grpc._background import Background
+from shmcoord.grpc._once import around
 from shmcoord.router import Router
 from shmcoord.transport._grpc_links import LinkPool
 
@@ -168,4 +169,4 @@ def dressed(interceptors: Sequence[Any]) -> Callable[[grpc.Channel], grpc.Channe
     """Return what puts interceptors around a one-target channel."""
     if not interceptors:
         return lambda channel: channel
-    return lambda channel: grpc.intercept_channel(channel, *interceptors)
+    return lambda channel: grpc.intercept_channel(channel, *around(interceptors))

@@ -45,6 +45,7 @@ class Link:
         "_channel",
         "_on_change",
         "_settled",
+        "_was_ready",
         "adopts",
         "endpoint",
         "face",
@@ -78,6 +79,7 @@ class Link:
         self._on_change = on_change
         self._changed = threading.Condition()
         self._settled: list[Callable[[], object]] = []
+        self._was_ready = False
         channel.subscribe(self._on_state, try_to_connect=True)
 
     def method(self, key: int, make: Callable[[Any], Any]) -> Any:
@@ -113,8 +115,11 @@ class Link:
             self.ready = False
             settled = self._take_settled()
         _call_all(settled)
-        self._channel.unsubscribe(self._on_state)
-        self._channel.close()
+        if self._was_ready:
+            self._channel.unsubscribe(self._on_state)
+            self._channel.close()
+        else:  # no call is on it, and gRPC's watching thread may just have begun
+            self.close_later()
 
     def close_later(self) -> None:
         """Close a channel that nobody uses any more, on a thread of its own."""
@@ -124,6 +129,8 @@ class Link:
         self._channel.unsubscribe(self._on_state)
         # gRPC's watching thread must have gone, or it finds a closed channel and raises.
         time.sleep(_WATCH_ENDS_S)
+        with self._changed:
+            self._was_ready = True  # or as good as
         self.close()
 
     def _on_state(self, state: grpc.ChannelConnectivity) -> None:
@@ -131,6 +138,7 @@ class Link:
             self.state = state
             if state is READY:
                 self.ready = not self.spent
+                self._was_ready = True
             elif self.ready or state in ENDED:
                 self.ready = False
                 self.spent = True

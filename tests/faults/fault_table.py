@@ -93,6 +93,7 @@ TITLES: list[tuple[str, tuple[str, ...]]] = [
     ("cluster: deadline over two hops", ("deadline over two hops",)),
     ("cluster: floods of pings", ("floods of pings",)),
     ("cluster: TLS, mutual TLS, Unix sockets", ("TLS", "mutual TLS")),
+    ("gRPC plug-ins: calls that end in every way", ("gRPC calls",)),
 ]
 #: What is not the count of a row, though it comes first and is a number.
 NO_COUNT = {"readers", "seconds", "fields", "capacity", "deadlocks", "others_harmed", "run_at_once"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from certificates import make_authority, make_certificate, need_openssl, openssl
 from click.testing import CliRunner
 from cluster_helpers import ROOT, Running, matching, query, write_config, write_rows
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -21,37 +21,13 @@ from servers import config
 from servers.cli import main
 from servers.links import PLAIN, LinkError, Links, client_links, links_of, listen
 
-EC = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
-
-
-def openssl(*arguments: object, folder: Path) -> None:
-    subprocess.run(
-        ["openssl", *map(str, arguments)], cwd=folder, check=True, capture_output=True, timeout=60
-    )
-
-
-def make_authority(folder: Path, name: str) -> None:
-    """`name`.pem and `name`.key: somebody who signs."""
-    files = ("-keyout", f"{name}.key", "-out", f"{name}.pem")
-    openssl("req", "-x509", *EC, *files, "-days", 2, "-subj", f"/CN={name}", folder=folder)
-
-
-def make_certificate(folder: Path, authority: str, name: str, also: str) -> None:
-    """`name`.pem and `name`.key, signed by an authority, for the names in `also`."""
-    files = ("-keyout", f"{name}.key", "-out", f"{name}.csr")
-    openssl("req", *EC, *files, "-subj", f"/CN={name}", folder=folder)
-    (folder / f"{name}.ext").write_text(f"subjectAltName={also}\n")
-    signer = ("-CA", f"{authority}.pem", "-CAkey", f"{authority}.key", "-CAcreateserial")
-    files = ("-in", f"{name}.csr", "-out", f"{name}.pem", "-extfile", f"{name}.ext")
-    openssl("x509", "-req", *files, *signer, "-days", 2, folder=folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, and certificates that exist for this test only."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
+    need_openssl()
     folder = tmp_path_factory.mktemp("links")
     write_rows(folder)
     make_authority(folder, "ca")
