@@ -125,11 +125,49 @@ def bound() -> tuple[socket.socket, str]:
     return sock, f"127.0.0.1:{sock.getsockname()[1]}"
 
 
-@contextlib.contextmanager
-def web_node(app: Any, segment: Segment | str, name: str, **options: Any) -> Iterator[Middleware]:
-    """A node of group GREEN that serves an application with uvicorn."""
-    sock, endpoint = bound()
-    options = {"endpoint": endpoint, "group": "GREEN", "interval_s": 0.1, **options}
-    middleware = Middleware(app, node=name, segment=segment, **options)
-    with serving(middleware, sock):
-        yield middleware
+class Servers:
+    """Servers of uvicorn that outlive a test, since it takes them long to stop.
+
+    Each serves the application that a test gives to it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Server] = []
+        self._stack = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def node(
+        self, app: Any, segment: Segment | str, name: str, **options: Any
+    ) -> Iterator[Middleware]:
+        """A node of group GREEN on one of the servers; the server's own life is not its own."""
+        server = self._free.pop() if self._free else Server(self._stack)
+        options = {
+            "endpoint": server.endpoint,
+            "group": "GREEN",
+            "interval_s": 0.1,
+            **options,
+        }
+        middleware = Middleware(app, node=name, segment=segment, **options)
+        middleware._join()
+        server.app = middleware
+        try:
+            yield middleware
+        finally:
+            middleware._leave()
+            self._free.append(server)
+
+    def close(self) -> None:
+        """Stop them all."""
+        self._stack.close()
+
+
+class Server:
+    """One of them."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        sock, self.endpoint = bound()
+        self.app: Any = None
+        stack.enter_context(serving(self._serve, sock, lifespan="off", interface="asgi3"))
+
+    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)

@@ -88,9 +88,7 @@ async def refuse(
             await send({"type": "websocket.close", "code": code, "reason": problem.reason})
             return
         kind = "websocket.http.response"
-    elif scope.get("http_version", "1.1").startswith("1"):
-        # RFC 9110, section 7.6.1: the next request shall come over another connection, and reach
-        # whoever serves the address by then.
-        headers.append((b"connection", b"close"))
+    # No "connection: close": a server that closes before it has read the body resets the
+    # connection, and the refusal would be lost on its way.
     await send({"type": f"{kind}.start", "status": REFUSED_STATUS, "headers": headers})
     await send({"type": f"{kind}.body", "body": body})

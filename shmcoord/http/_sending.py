@@ -196,9 +196,15 @@ class Call:
             return False
         adopts = lease.backend in self._sender.adopters
         try:
-            return self.course.leave(lease, cause, adopts)
+            if not self.course.leave(lease, cause, adopts):
+                return False
         except NoneReachable as spent:
             raise as_http(spent, self._sender.router, self._sender.group) from error
+        if isinstance(cause, ConnectionLost):
+            # It was reached; most often it has just closed a connection that was idle. A dead
+            # one refuses the next connection.
+            self._sender.router.mark_reachable(lease.backend)
+        return True
 
 
 @lru_cache(maxsize=256)  # httpx takes 15 us to make a URL of another, and most clients ask for few
