@@ -73,6 +73,7 @@ if __name__ == "__main__":
     workers = [start(target=serve, args=(int(port),)) for port in sys.argv[1:]]
 
     def stop(*_: object) -> None:
+        """End the workers, and so this process."""
         for worker in workers:
             worker.terminate()
 
