@@ -22,7 +22,7 @@ once the first byte of it was asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -207,9 +207,12 @@ class Call:
         return True
 
 
-@lru_cache(maxsize=256)  # httpx takes 15 us to make a URL of another, and most clients ask for few
-def _at(url: str, endpoint: str) -> httpx.URL:
+def _moved(url: str, endpoint: str) -> httpx.URL:
     return httpx.URL(url).copy_with(netloc=endpoint.encode())
+
+
+# It takes httpx 15 us to make a URL of another, and most clients ask for few.
+_at: Callable[[str, str], httpx.URL] = lru_cache(maxsize=256)(_moved)
 
 
 def _cause(error: BaseException) -> LeaseLost | Unreachable | ConnectionLost | None:
