@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 
 # A shell's background job has SIGINT ignored and hands that on: Ctrl-C is tested all the same.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def served_by_nobody() -> Iterator[None]:
+    """All tests of a process run in one context: what a call has told it goes with the test."""
+    yield
+    common = sys.modules.get("shmcoord.grpc._common")
+    if common is not None:
+        common.served_by.set(None)
 
 
 @pytest.fixture

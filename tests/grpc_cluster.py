@@ -18,7 +18,7 @@ import grpc
 from helpers import Raw, wait_until
 
 from shmcoord import LeaseLost, Segment
-from shmcoord.grpc._common import NODE_KEY, served_by
+from shmcoord.grpc._common import NODE_KEY
 from shmcoord.transport.grpc import lease_token, refuse_lost_lease
 
 GROUP = "GREEN"
@@ -207,7 +207,6 @@ class Cluster:
         for node in self.nodes:
             node.close()
         self.segment.close()
-        served_by.set(None)  # the next test runs in the same context
 
 
 _closing: list[threading.Thread] = []
