@@ -22,6 +22,7 @@ from shmcoord.status cimport (
     record_write,
     state_of,
     word_add_inflight,
+    word_inflight,
     word_waiting,
 )
 
@@ -333,12 +334,12 @@ cdef class Node:
         """Halve what policies see of a latency that no request has renewed for an interval.
 
         A node that was slow once and is avoided for it serves nothing that could show that it is
-        fast again: so it is tried again after a while.
+        fast again: so it is tried again after a while. One that works on something is not avoided.
         """
         cdef uint32_t latency_us = load_relaxed_u32(&self.hot.latency_us)
         if self.words[SHMC_R_SERVED] != self.served_before:
             self.served_before = self.words[SHMC_R_SERVED]
-        elif latency_us > 1:
+        elif latency_us > 1 and word_inflight(load_relaxed_u64(&self.hot.load)) == 0:
             store_relaxed_u32(&self.hot.latency_us, latency_us // 2)
 
     @property

@@ -604,3 +604,19 @@ def test_latency_that_nobody_renews_is_forgotten(segment):
             return router.explain("GREEN").candidates[0].latency_s
 
         wait_until(lambda: latency() < 0.001, 5)
+
+
+def test_latency_stands_while_a_request_is_in_flight(segment):
+    """Who works is not idle for being avoided: how long new callers would wait is told by it."""
+    node = segment.join("n0", group="GREEN", endpoint="e", interval_s=3600)
+    with node, Router(segment) as router:
+        set_latency(segment, node, 1_000_000)
+        request = node.begin()
+        for _ in range(5):
+            node.refresh()
+        assert router.explain("GREEN").candidates[0].latency_s == 1.0
+        request.end()
+        set_latency(segment, node, 1_000_000)
+        for _ in range(5):
+            node.refresh()
+        assert router.explain("GREEN").candidates[0].latency_s < 0.2
