@@ -262,7 +262,7 @@ class Tasks(_Requests):
                 ended = "task cancelled"
             except Bug:
                 ended = "client's exception"
-            except grpc.aio.InternalError:  # of a write to a call that has just ended
+            except (grpc.aio.InternalError, asyncio.InvalidStateError):  # to a call that has ended
                 ended = "write failed"
             seen[f"aio {operation.__name__.removeprefix('do_')}: {ended}"] += 1
 

@@ -8,6 +8,7 @@ half-read. What the nodes have counted is what the handlers have begun.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import threading
@@ -202,7 +203,11 @@ def test_a_server_that_ends_no_request_is_found(
             end(self, *args)
 
     monkeypatch.setattr(Arrival, "end", forgetful)
-    with routed.channel() as channel:
+    with contextlib.ExitStack() as stack, routed.channel() as channel:
+        # Arrivals end themselves when they are collected; not by taking back the patch, please,
+        # when the function that holds the last of them is gone already.
+        stack.callback(kept.clear)
+        stack.callback(monkeypatch.undo)
         grpc_storm.by_threads(example_services, channel, 60, THREADS, seed=22)
         found = settled(routed, tally, timeout_s=1.0)
         held = [
