@@ -72,7 +72,7 @@ def test_processes_are_served_in_the_order_of_their_coming(roomy, held, spawn, c
     # Nearly: who looks by himself (the net, every 50 ms) just between a telling and the look of the
     # one who was told is faster than he. Some 0.2 ms of 50, for four who wait behind him, and one
     # who overtakes all four makes four inversions: rounds are what is counted.
-    assert disturbed <= max(1, rounds // 20)
+    assert disturbed <= max(2, rounds // 20)
 
 
 CHURN = """
