@@ -70,8 +70,10 @@ def send_rules(
     return SendRules(router, adopts, frozenset(idempotent), budget, hedge_after_s)
 
 
-def telling(acquire: Callable[..., Lease], on_decision: OnDecision) -> Callable[..., Lease]:
-    """Return a `Router.acquire` that tells each decision."""
+def telling(acquire: Callable[..., Lease], on_decision: OnDecision | None) -> Callable[..., Lease]:
+    """Return a `Router.acquire` that tells each decision, if somebody wants to hear it."""
+    if on_decision is None:
+        return acquire
 
     def acquire_and_tell(*args: Any, **options: Any) -> Lease:
         return _told(acquire(*args, explain=True, **options), on_decision)
@@ -80,9 +82,11 @@ def telling(acquire: Callable[..., Lease], on_decision: OnDecision) -> Callable[
 
 
 def telling_async(
-    acquire: Callable[..., Coroutine[Any, Any, Lease]], on_decision: OnDecision
+    acquire: Callable[..., Coroutine[Any, Any, Lease]], on_decision: OnDecision | None
 ) -> Callable[..., Coroutine[Any, Any, Lease]]:
-    """Return a `Router.acquire_async` that tells each decision."""
+    """Return a `Router.acquire_async` that tells each decision, if somebody wants to hear it."""
+    if on_decision is None:
+        return acquire
 
     async def acquire_and_tell(*args: Any, **options: Any) -> Lease:
         return _told(await acquire(*args, explain=True, **options), on_decision)

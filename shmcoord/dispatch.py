@@ -25,7 +25,15 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shmcoord.course import Attempt, Course, NoneReachable, OnDecision, send_rules
+from shmcoord.course import (
+    Attempt,
+    Course,
+    NoneReachable,
+    OnDecision,
+    send_rules,
+    telling,
+    telling_async,
+)
 from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
 from shmcoord.hedging import HedgePool, hedge_async
 from shmcoord.transport import AsyncTransport, ConnectionLost, Transport, Unreachable
@@ -45,7 +53,7 @@ class Dispatcher:
     nor the transport: whoever made them closes them.
     """
 
-    __slots__ = ("_hedges", "_on_decision", "_rules", "_transport")
+    __slots__ = ("_acquire", "_hedges", "_rules", "_transport")
 
     def __init__(
         self,
@@ -77,7 +85,7 @@ class Dispatcher:
         """
         self._rules = send_rules(router, adopts, idempotent, budget, hedge_after_s)
         self._transport = transport
-        self._on_decision = on_decision
+        self._acquire = telling(router.acquire, on_decision)
         self._hedges = HedgePool() if hedge_after_s is not None else None
 
     def call(
@@ -107,17 +115,13 @@ class Dispatcher:
             Exception: Whatever else the transport or the node raised.
         """
         course = Course(self._rules, group, method, timeout_s)
-        explain = self._on_decision is not None
         while True:
             try:
-                lease = self._rules.router.acquire(
-                    group, course.wait_s(), cost, explain=explain, exclude=course.exclude
-                )
+                lease = self._acquire(group, course.wait_s(), cost, exclude=course.exclude)
             except (NoBackend, Saturated) as error:
                 raise course.no_lease(error) from course.last_error()
             in_use = False
             try:
-                _tell(self._on_decision, lease)
                 if self._hedges is not None and self._rules.hedges(method):
                     assert self._rules.hedge_after_s is not None
                     response, in_use = self._hedges.call(
@@ -148,7 +152,7 @@ class AsyncDispatcher:
     It may be used by many tasks of one loop. It owns neither the router nor the transport.
     """
 
-    __slots__ = ("_on_decision", "_rules", "_transport")
+    __slots__ = ("_acquire_async", "_rules", "_transport")
 
     def __init__(
         self,
@@ -164,7 +168,7 @@ class AsyncDispatcher:
         """Make a dispatcher; arguments as those of `Dispatcher`."""
         self._rules = send_rules(router, adopts, idempotent, budget, hedge_after_s)
         self._transport = transport
-        self._on_decision = on_decision
+        self._acquire_async = telling_async(router.acquire_async, on_decision)
 
     async def call(
         self,
@@ -182,7 +186,6 @@ class AsyncDispatcher:
         while True:
             lease = await self._acquire(course, group, cost)
             try:
-                _tell(self._on_decision, lease)
                 if self._rules.hedges(method):
                     assert self._rules.hedge_after_s is not None
                     response = await hedge_async(
@@ -224,13 +227,7 @@ class AsyncDispatcher:
 
     async def _acquire(self, course: Course, group: str, cost: int) -> Lease:
         try:
-            return await self._rules.router.acquire_async(
-                group,
-                course.wait_s(),
-                cost,
-                explain=self._on_decision is not None,
-                exclude=course.exclude,
-            )
+            return await self._acquire_async(group, course.wait_s(), cost, exclude=course.exclude)
         except (NoBackend, Saturated) as error:
             raise course.no_lease(error) from course.last_error()
 
@@ -315,7 +312,6 @@ class ResponseStream(AsyncIterator[Any]):
         while True:
             lease = self._lease = await dispatcher._acquire(course, group, cost)
             try:
-                _tell(dispatcher._on_decision, lease)
                 self._responses = dispatcher._transport.stream(
                     lease.endpoint,
                     method,
@@ -344,8 +340,3 @@ class ResponseStream(AsyncIterator[Any]):
         finally:
             if lease is not None:
                 lease.release()
-
-
-def _tell(on_decision: OnDecision | None, lease: Lease) -> None:
-    if on_decision is not None and lease.decision is not None:
-        on_decision(lease.decision, lease)

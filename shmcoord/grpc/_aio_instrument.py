@@ -15,15 +15,14 @@ from shmcoord.api import Segment
 from shmcoord.grpc._aio_handlers import AioHandlers, AioInterceptor
 from shmcoord.grpc._aio_plain import PlainExecutor
 from shmcoord.grpc._closing import LOOK_S
-from shmcoord.grpc._instrument import Health
 from shmcoord.grpc._membership import Membership, Place
 from shmcoord.grpc._orca_service import aio_handler
-from shmcoord.node import Node
+from shmcoord.grpc._plug import Health, Plug
 
 __all__ = ["AioInstrument", "instrument"]
 
 
-class AioInstrument:
+class AioInstrument(Plug):
     """What makes a `grpc.aio.Server` a node of a segment. Made by `instrument`.
 
     Attributes:
@@ -33,31 +32,10 @@ class AioInstrument:
 
     def __init__(self, place: Place, health: Health | None = None) -> None:
         # The loop cannot wait for the joining, which takes a moment of its own.
-        self._membership = Membership(place, join_wait_s=0.0)
-        self._health = health
-        self._drained = False
+        super().__init__(Membership(place, join_wait_s=0.0), health)
         self._behaviors = AioHandlers(self._membership)
         self.interceptor: grpc.aio.ServerInterceptor = AioInterceptor(self._behaviors)
         self.handlers: list[grpc.GenericRpcHandler] = [aio_handler(self._membership)]
-
-    @property
-    def node(self) -> Node:
-        """The node that the server is, once it has started.
-
-        Raises:
-            RuntimeError: It has not.
-        """
-        return self._membership.node
-
-    @property
-    def name(self) -> str:
-        """The node's name."""
-        return self._membership.place.node
-
-    @property
-    def joined(self) -> bool:
-        """Whether it has started, and not stopped."""
-        return self._membership.joined
 
     def executor(self, workers: Executor | None = None) -> Executor:
         """Return the executor to give to `grpc.aio.server` as `migration_thread_pool`.
@@ -70,23 +48,6 @@ class AioInstrument:
         if workers is None:
             workers = ThreadPoolExecutor(thread_name_prefix="shmcoord-worker")
         return PlainExecutor(workers)
-
-    def start(self, endpoint: str | None = None) -> None:
-        """Join the segment; call it once the server has started.
-
-        Args:
-            endpoint: Where clients reach the server; None: as it was given to `instrument`.
-
-        Raises:
-            ValueError: No endpoint was given, or it was started before.
-            ShmcoordError: As `Segment.join`.
-        """
-        endpoint = endpoint or self._membership.place.endpoint
-        if endpoint is None:
-            raise ValueError("say by endpoint= where clients reach the server")
-        if self._membership.joined:
-            raise ValueError("it was started before")
-        self._membership.join(endpoint)
 
     async def drain(self) -> None:
         """Publish DRAINING, make the health NOT_SERVING, refuse new requests without a lease.
@@ -128,18 +89,6 @@ class AioInstrument:
         while not self._behaviors.idle() and time.monotonic() < ends:
             await asyncio.sleep(LOOK_S)
         return self._behaviors.idle()
-
-    def check_process(self) -> None:
-        """Refuse to be used by the child of a fork.
-
-        Raises:
-            ForkedHandle: It was started by the parent.
-        """
-        self._membership.check_process()
-
-    def stop(self) -> None:
-        """Show SHUTDOWN and leave the segment; call it once the server has stopped."""
-        self._membership.leave()
 
 
 def instrument(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -15,7 +14,6 @@ from shmcoord.course import telling_async
 if TYPE_CHECKING:
     from shmcoord.course import OnDecision, SendRules
     from shmcoord.grpc._aio_base import RoutedCall
-    from shmcoord.lease import Lease
     from shmcoord.router import Router
     from shmcoord.transport._grpc_aio_links import AioLinks
 
@@ -55,9 +53,7 @@ class Routes:
         on_decision: OnDecision | None,
     ) -> None:
         self.router = router
-        self.acquire: Callable[..., Coroutine[Any, Any, Lease]] = router.acquire_async
-        if on_decision is not None:
-            self.acquire = telling_async(router.acquire_async, on_decision)
+        self.acquire = telling_async(router.acquire_async, on_decision)
         self.earn = rules.budget.earn
         self.group = group
         self.rules = rules

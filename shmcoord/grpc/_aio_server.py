@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -15,22 +15,23 @@ import grpc.aio
 from shmcoord.api import Segment
 from shmcoord.grpc._aio_instrument import AioInstrument
 from shmcoord.grpc._closing import LOOK_S, hang_up
-from shmcoord.grpc._endpoint import endpoint_of
-from shmcoord.grpc._instrument import Health
 from shmcoord.grpc._membership import Place
-from shmcoord.grpc._server import with_own_port
-from shmcoord.node import Node
+from shmcoord.grpc._plug import Health
+from shmcoord.grpc._serving import Serving, with_own_port
 
 __all__ = ["AioServer", "server"]
 
 _log = logging.getLogger("shmcoord.grpc")
 
 
-class AioServer(grpc.aio.Server):
+class AioServer(Serving, grpc.aio.Server):
     """A `grpc.aio.Server` that joins a segment when it starts, and leaves it when it stops.
 
     Made by `shmcoord.grpc.aio.server`.
     """
+
+    _real: grpc.aio.Server
+    _plug: AioInstrument
 
     def __init__(
         self,
@@ -39,56 +40,11 @@ class AioServer(grpc.aio.Server):
         endpoint: str | None,
         own_pool: Executor | None,
     ) -> None:
-        self._real = real
-        self._plug = plug
-        self._endpoint = endpoint
+        super().__init__(real, plug, endpoint)
         self._own_pool = own_pool
-        self._endpoints: list[str] = []
         self._started = False
         self._stopping: asyncio.Task[None] | None = None
         self._stop_by = float("inf")
-
-    @property
-    def node(self) -> Node:
-        """The node that this server is: its load, its state, `publish` for its gauges.
-
-        Raises:
-            RuntimeError: The server has not started.
-        """
-        return self._plug.node
-
-    @property
-    def endpoint(self) -> str | None:
-        """Where clients reach it: as given, or the first port that was added; None: none yet."""
-        return self._endpoint or (self._endpoints[0] if self._endpoints else None)
-
-    def add_generic_rpc_handlers(
-        self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]
-    ) -> None:
-        """As `grpc.aio.Server`."""
-        self._real.add_generic_rpc_handlers(generic_rpc_handlers)
-
-    def add_registered_method_handlers(
-        self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
-    ) -> None:
-        """As `grpc.aio.Server`."""
-        self._real.add_registered_method_handlers(service_name, method_handlers)
-
-    def add_insecure_port(self, address: str) -> int:
-        """As `grpc.aio.Server`; the first port is what the node publishes as its endpoint.
-
-        Raises:
-            RuntimeError: The port is taken, or the address is none.
-        """
-        port = self._real.add_insecure_port(address)
-        self._endpoints.append(endpoint_of(address, port))
-        return port
-
-    def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
-        """As `add_insecure_port`, with TLS."""
-        port = self._real.add_secure_port(address, server_credentials)
-        self._endpoints.append(endpoint_of(address, port))
-        return port
 
     async def start(self) -> None:
         """Serve, then join the segment.
@@ -100,9 +56,7 @@ class AioServer(grpc.aio.Server):
         """
         if self._started:
             raise ValueError("Cannot start already-started server!")
-        endpoint = self.endpoint
-        if endpoint is None:
-            raise ValueError("the server has no port: add one, or say endpoint=")
+        endpoint = self._endpoint_to_publish()
         self._started = True
         await self._real.start()
         try:

@@ -90,11 +90,8 @@ class Core:
         on_decision: OnDecision | None,
     ) -> None:
         self.router = router
-        self.acquire = router.acquire
-        self.acquire_async = router.acquire_async
-        if on_decision is not None:
-            self.acquire = telling(router.acquire, on_decision)
-            self.acquire_async = telling_async(router.acquire_async, on_decision)
+        self.acquire = telling(router.acquire, on_decision)
+        self.acquire_async = telling_async(router.acquire_async, on_decision)
         self.group = group
         self.pool = pool
         self.links = pool.current

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Protocol
 
 import grpc
 
@@ -16,19 +15,12 @@ from shmcoord.grpc._counting import CountingExecutor, CountingInterceptor, Notes
 from shmcoord.grpc._handlers import Handlers
 from shmcoord.grpc._membership import Membership, Place
 from shmcoord.grpc._orca_service import handler
-from shmcoord.node import Node
+from shmcoord.grpc._plug import Health, Plug
 
-__all__ = ["Health", "Instrument", "instrument"]
-
-
-class Health(Protocol):
-    """What is told that the server drains: `grpc_health.v1.health.HealthServicer` has it."""
-
-    def enter_graceful_shutdown(self) -> object:
-        """Say NOT_SERVING from here on."""
+__all__ = ["Instrument", "instrument"]
 
 
-class Instrument:
+class Instrument(Plug):
     """What makes a threaded `grpc.Server` a node of a segment. Made by `instrument`.
 
     Attributes:
@@ -37,35 +29,14 @@ class Instrument:
     """
 
     def __init__(self, place: Place, health: Health | None = None) -> None:
-        self._membership = Membership(place)
+        super().__init__(Membership(place), health)
         self._notes = Notes()
-        self._health = health
         self._lock = threading.Lock()
-        self._drained = False
         self._behaviors = Handlers(self._membership, self._notes)
         self.interceptor: grpc.ServerInterceptor = CountingInterceptor(
             self._membership, self._notes, self._behaviors
         )
         self.handlers: list[grpc.GenericRpcHandler] = [handler(self._membership)]
-
-    @property
-    def node(self) -> Node:
-        """The node that the server is, once it has started.
-
-        Raises:
-            RuntimeError: It has not.
-        """
-        return self._membership.node
-
-    @property
-    def name(self) -> str:
-        """The node's name."""
-        return self._membership.place.node
-
-    @property
-    def joined(self) -> bool:
-        """Whether it has started, and not stopped."""
-        return self._membership.joined
 
     @property
     def waiting(self) -> int:
@@ -84,23 +55,6 @@ class Instrument:
                 self._membership.place.capacity or 8, thread_name_prefix="shmcoord-worker"
             )
         return CountingExecutor(self._notes, workers)
-
-    def start(self, endpoint: str | None = None) -> None:
-        """Join the segment; call it once the server has started.
-
-        Args:
-            endpoint: Where clients reach the server; None: as it was given to `instrument`.
-
-        Raises:
-            ValueError: No endpoint was given, or it was started before.
-            ShmcoordError: As `Segment.join`.
-        """
-        endpoint = endpoint or self._membership.place.endpoint
-        if endpoint is None:
-            raise ValueError("say by endpoint= where clients reach the server")
-        if self._membership.joined:
-            raise ValueError("it was started before")
-        self._membership.join(endpoint)
 
     def drain(self) -> None:
         """Publish DRAINING, make the health NOT_SERVING, refuse new requests without a lease.
@@ -129,18 +83,6 @@ class Instrument:
     def idle(self) -> bool:
         """Whether no request waits, runs or is still owed its status, and none is on its way."""
         return not self._behaviors.untold and self._membership.idle()
-
-    def check_process(self) -> None:
-        """Refuse to be used by the child of a fork.
-
-        Raises:
-            ForkedHandle: It was started by the parent.
-        """
-        self._membership.check_process()
-
-    def stop(self) -> None:
-        """Show SHUTDOWN and leave the segment; call it once the server has stopped."""
-        self._membership.leave()
 
 
 def instrument(

@@ -15,17 +15,12 @@ def learn(link: Link, call: Any) -> None:
 
     The link's connection leads to one process, so what one response says holds for all.
     """
-    trailing = getattr(call, "trailing_metadata", None)
-    for pair in (trailing() if trailing is not None else None) or ():
-        if pair[0] == NODE_KEY:
-            link.adopts = True
-            link.lessons = 0
-            return
-    initial = getattr(call, "initial_metadata", None)
-    for pair in (initial() if initial is not None else None) or ():
-        if pair[0] == NODE_KEY:
-            link.adopts = True
-            link.lessons = 0
-            return
+    for name in ("trailing_metadata", "initial_metadata"):
+        metadata = getattr(call, name, None)
+        for pair in (metadata() if metadata is not None else None) or ():
+            if pair[0] == NODE_KEY:
+                link.adopts = True
+                link.lessons = 0
+                return
     if link.lessons:
         link.lessons -= 1

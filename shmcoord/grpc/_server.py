@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,21 +13,24 @@ import grpc
 
 from shmcoord.api import Segment
 from shmcoord.grpc._closing import LOOK_S, hang_up
-from shmcoord.grpc._endpoint import endpoint_of
-from shmcoord.grpc._instrument import Health, Instrument
+from shmcoord.grpc._instrument import Instrument
 from shmcoord.grpc._membership import Place
-from shmcoord.node import Node
+from shmcoord.grpc._plug import Health
+from shmcoord.grpc._serving import Serving, with_own_port
 
-__all__ = ["Server", "server", "with_own_port"]
+__all__ = ["Server", "server"]
 
 _log = logging.getLogger("shmcoord.grpc")
 
 
-class Server(grpc.Server):
+class Server(Serving, grpc.Server):
     """A `grpc.Server` that joins a segment when it starts, and leaves it when it stops.
 
     Made by `shmcoord.grpc.server`.
     """
+
+    _real: grpc.Server
+    _plug: Instrument
 
     def __init__(
         self,
@@ -36,58 +39,13 @@ class Server(grpc.Server):
         endpoint: str | None,
         executor: ThreadPoolExecutor,
     ) -> None:
-        self._real = real
+        super().__init__(real, plug, endpoint)
         self._executor = executor
-        self._plug = plug
-        self._endpoint = endpoint
-        self._endpoints: list[str] = []
         self._lock = threading.Condition()
         self._started = False
         self._stopping: threading.Thread | None = None
         self._stop_by = float("inf")
         self._stopped = threading.Event()
-
-    @property
-    def node(self) -> Node:
-        """The node that this server is: its load, its state, `publish` for its gauges.
-
-        Raises:
-            RuntimeError: The server has not started.
-        """
-        return self._plug.node
-
-    @property
-    def endpoint(self) -> str | None:
-        """Where clients reach it: as given, or the first port that was added; None: none yet."""
-        return self._endpoint or (self._endpoints[0] if self._endpoints else None)
-
-    def add_generic_rpc_handlers(
-        self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]
-    ) -> None:
-        """As `grpc.Server`."""
-        self._real.add_generic_rpc_handlers(generic_rpc_handlers)
-
-    def add_registered_method_handlers(
-        self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
-    ) -> None:
-        """As `grpc.Server`."""
-        self._real.add_registered_method_handlers(service_name, method_handlers)
-
-    def add_insecure_port(self, address: str) -> int:
-        """As `grpc.Server`; the first port is what the node publishes as its endpoint.
-
-        Raises:
-            RuntimeError: The port is taken, or the address is none.
-        """
-        port = self._real.add_insecure_port(address)
-        self._endpoints.append(endpoint_of(address, port))
-        return port
-
-    def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
-        """As `add_insecure_port`, with TLS."""
-        port = self._real.add_secure_port(address, server_credentials)
-        self._endpoints.append(endpoint_of(address, port))
-        return port
 
     def start(self) -> None:
         """Serve, then join the segment.
@@ -100,9 +58,7 @@ class Server(grpc.Server):
         with self._lock:
             if self._started:
                 raise ValueError("Cannot start already-started server!")
-            endpoint = self.endpoint
-            if endpoint is None:
-                raise ValueError("the server has no port: add one, or say endpoint=")
+            endpoint = self._endpoint_to_publish()
             self._started = True
             self._real.start()
             try:
@@ -249,9 +205,3 @@ def server(
         compression=compression,
     )
     return Server(real, plug, endpoint, executor)
-
-
-def with_own_port(options: Iterable[tuple[str, Any]] | None) -> list[tuple[str, Any]]:
-    """Return server options by which a taken port is an error, unless they say otherwise."""
-    # gRPC would share it silently, and the kernel would deal the connections out.
-    return list({"grpc.so_reuseport": 0, **dict(options or ())}.items())

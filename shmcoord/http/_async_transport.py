@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
-from shmcoord.http._sending import IDEMPOTENT, LIMITS, AsyncOnce, Call, Sender
+from shmcoord.errors import LeaseLost, NoBackend, Saturated
+from shmcoord.http._sending import IDEMPOTENT, LIMITS, AsyncOnce, Call, Leased, Sender
 
 if TYPE_CHECKING:
     from shmcoord.api import Segment
@@ -115,14 +115,12 @@ class AsyncTransport(httpx.AsyncBaseTransport):
         return self._unix[path]
 
 
-class _Leased(httpx.AsyncByteStream):
-    """A response body that holds its lease until it ends, fails, is closed or dropped."""
-
-    __slots__ = ("_lease", "_stream")
+class _Leased(Leased, httpx.AsyncByteStream):
+    """A response body."""
 
     def __init__(self, stream: httpx.AsyncByteStream, lease: Lease) -> None:
+        super().__init__(lease)
         self._stream = stream
-        self._lease: Lease | None = lease  # released at the latest when it is collected
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
@@ -138,9 +136,3 @@ class _Leased(httpx.AsyncByteStream):
             await self._stream.aclose()
         finally:
             self._release()
-
-    def _release(self) -> None:
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            with suppress(ShmcoordError):  # in the child of a fork it is the parent's lease
-                lease.release()

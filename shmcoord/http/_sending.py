@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from shmcoord.course import Course, NoneReachable, send_rules
-from shmcoord.errors import LeaseLost, NoBackend, Saturated
+from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
 from shmcoord.http._common import (
     LEASE_HEADER,
     LEASE_LOST_HEADER,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from shmcoord.backend import Backend
     from shmcoord.lease import Lease
 
-__all__ = ["IDEMPOTENT", "LIMITS", "AsyncOnce", "Call", "Once", "Sender"]
+__all__ = ["IDEMPOTENT", "LIMITS", "AsyncOnce", "Call", "Leased", "Once", "Sender"]
 
 IDEMPOTENT = ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
 """The idempotent methods of RFC 9110, section 9.2.2."""
@@ -205,6 +206,19 @@ class Call:
             # one refuses the next connection.
             self._sender.router.mark_reachable(lease.backend)
         return True
+
+
+class Leased:
+    """What holds a lease until it ends, fails, is closed or dropped."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease: Lease | None = lease  # released at the latest when it is collected
+
+    def _release(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            with suppress(ShmcoordError):  # in the child of a fork it is the parent's lease
+                lease.release()
 
 
 def _moved(url: str, endpoint: str) -> httpx.URL:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
-from shmcoord.http._sending import IDEMPOTENT, LIMITS, Call, Once, Sender
+from shmcoord.errors import LeaseLost, NoBackend, Saturated
+from shmcoord.http._sending import IDEMPOTENT, LIMITS, Call, Leased, Once, Sender
 
 if TYPE_CHECKING:
     from shmcoord.api import Segment
@@ -139,14 +139,12 @@ class Transport(httpx.BaseTransport):
             return self._unix[path]
 
 
-class _Leased(httpx.SyncByteStream):
-    """A response body that holds its lease until it ends, fails, is closed or dropped."""
-
-    __slots__ = ("_lease", "_stream")
+class _Leased(Leased, httpx.SyncByteStream):
+    """A response body."""
 
     def __init__(self, stream: httpx.SyncByteStream, lease: Lease) -> None:
+        super().__init__(lease)
         self._stream = stream
-        self._lease: Lease | None = lease  # released at the latest when it is collected
 
     def __iter__(self) -> Iterator[bytes]:
         try:
@@ -161,9 +159,3 @@ class _Leased(httpx.SyncByteStream):
             self._stream.close()
         finally:
             self._release()
-
-    def _release(self) -> None:
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            with suppress(ShmcoordError):  # in the child of a fork it is the parent's lease
-                lease.release()
