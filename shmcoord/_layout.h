@@ -1,4 +1,4 @@
-/* Every byte of a segment. Layout 1.1.
+/* Every byte of a segment. Layout 1.2.
  *
  * A change here changes SHMC_LAYOUT_MAJOR or _MINOR, the map below, the assertions and
  * docs/layout.md in the same commit.
@@ -37,6 +37,17 @@
  *   `op` counts the owner's leases, so that a stale value matches again only after 2^24 of them, on
  *   the same cell (ABA). Ten bits of the generation are enough beside it: no cell of a former owner
  *   outlives the next claim of its slot.
+ *   A cell that a node runs for a router of another host (REMOTE) has that host's id in `op`: only
+ *   its owner frees it, by what it remembers, so it needs no number; whoever publishes the node to
+ *   other hosts counts by it whose requests they are.
+ *
+ * Mirror (sync.mirror): a segment of another host, kept up to date by a bridge process of this one
+ *
+ *   The bridge owns every node in it, on behalf of the real one: it publishes what the real one
+ *   published, moves beats and progress only when news arrives (so their age is the age of what is
+ *   known), and holds, as RUNNING(node), as many cells as requests of other hosts the real node has.
+ *   Routers reserve here as anywhere; the lease is a reservation among the routers of this host.
+ *   sync.mirror is the id of the host that looks, which the token of a lease carries away.
  *
  * Turns (hot.turn of a router): who waits for capacity, in which order
  *
@@ -62,7 +73,7 @@
 
 #define SHMC_MAGIC 0x44524f4f434d4853ull /* "SHMCOORD" in little-endian memory */
 #define SHMC_LAYOUT_MAJOR 1
-#define SHMC_LAYOUT_MINOR 1
+#define SHMC_LAYOUT_MINOR 2
 
 #define SHMC_SLOTS_MAX 4096u  /* owner slot has 12 bits in a lease cell */
 #define SHMC_LEASES_MAX 1024u /* cells per slot */
@@ -93,6 +104,7 @@
 /* State field of a lease cell. */
 #define SHMC_CELL_RESERVED 1u
 #define SHMC_CELL_RUNNING 2u
+#define SHMC_CELL_REMOTE 3u /* running, for a router of the host whose id is in `op` */
 
 /* Bytes of the file that carry open-file-description locks; no data is ever there.
  * Slot i's owner lock is byte i. */
@@ -131,7 +143,8 @@ typedef struct {
     uint64_t late_releases;
     uint64_t tickets;      /* +1 per caller who begins to wait */
     uint64_t retry_debt;   /* thousandths of a retry that the routers have not earned yet; CAS */
-    uint8_t reserved[88];
+    uint64_t mirror;       /* 0, or in a mirror the id of this host; the bridge, before any node */
+    uint8_t reserved[80];
 } shmc_sync;
 
 /* One group that a router's callers wait for: written by the router, read by whoever frees. */
@@ -228,9 +241,11 @@ typedef struct {
     uint32_t capacity; /* cells that routers may use, 1 .. leases */
     uint32_t gauge_count;
     uint64_t slow_start_ns; /* routers give it its full share this long after it joined */
-    uint64_t reserved;
+    uint64_t origin_incarnation; /* of the segment whose node this one mirrors; 0: a real node */
     char gauge_names[SHMC_GAUGES_MAX][SHMC_GAUGE_NAME_BYTES];
-    uint8_t reserved_tail[64];
+    uint32_t origin_slot; /* of the mirrored node, where it lives */
+    uint32_t origin_generation;
+    uint8_t reserved_tail[56];
 } shmc_meta;
 
 /* Hash of a name for turns, decisions and affinity: FNV-1a, then the finisher of SplitMix64 so that
@@ -280,6 +295,7 @@ _Static_assert(sizeof(shmc_sync) == 128, "sync size");
 _Static_assert(offsetof(shmc_sync, waiters) == 12, "waiters");
 _Static_assert(offsetof(shmc_sync, tickets) == 24, "tickets");
 _Static_assert(offsetof(shmc_sync, retry_debt) == 32, "retry_debt");
+_Static_assert(offsetof(shmc_sync, mirror) == 40, "mirror");
 _Static_assert(offsetof(shmc_sync, late_releases) == 16, "late_releases");
 
 _Static_assert(sizeof(shmc_hot) == 128, "hot size");
@@ -317,7 +333,10 @@ _Static_assert(offsetof(shmc_meta, weight) == 416, "weight");
 _Static_assert(offsetof(shmc_meta, capacity) == 424, "capacity");
 _Static_assert(offsetof(shmc_meta, gauge_count) == 428, "gauge_count");
 _Static_assert(offsetof(shmc_meta, slow_start_ns) == 432, "slow_start_ns");
+_Static_assert(offsetof(shmc_meta, origin_incarnation) == 440, "origin_incarnation");
 _Static_assert(offsetof(shmc_meta, gauge_names) == 448, "gauge_names");
+_Static_assert(offsetof(shmc_meta, origin_slot) == 960, "origin_slot");
+_Static_assert(offsetof(shmc_meta, origin_generation) == 964, "origin_generation");
 
 _Static_assert(SHMC_SYNC_OFFSET == sizeof(shmc_header), "sync line follows the header");
 _Static_assert(SHMC_BITMAP_OFFSET == SHMC_SYNC_OFFSET + sizeof(shmc_sync), "bitmap follows");

@@ -14,7 +14,7 @@ cdef extern from "_layout.h" nogil:
         SHMC_STATE_OPEN, SHMC_STATE_DRAINING, SHMC_STATE_SHUTDOWN
         SHMC_FLAG_BUSY, SHMC_FIELD_MAX, SHMC_COST_MAX, SHMC_OP_MAX
         SHMC_CELL_GENERATION_MASK
-        SHMC_CELL_RESERVED, SHMC_CELL_RUNNING
+        SHMC_CELL_RESERVED, SHMC_CELL_RUNNING, SHMC_CELL_REMOTE
         SHMC_LOCK_INIT, SHMC_LOCK_MEMBERSHIP, SHMC_READY
         SHMC_R_PUBLISHED_MONO_NS, SHMC_R_MEMORY_BYTES, SHMC_R_CPU_PERCENT, SHMC_R_SERVED
         SHMC_R_FAILED, SHMC_R_LATENCY_S, SHMC_R_GENERATION, SHMC_R_PUBLISHED_WALL_NS
@@ -50,6 +50,7 @@ cdef extern from "_layout.h" nogil:
         uint64_t late_releases
         uint64_t tickets
         uint64_t retry_debt
+        uint64_t mirror
 
     ctypedef struct shmc_turn:
         uint64_t ticket
@@ -99,7 +100,10 @@ cdef extern from "_layout.h" nogil:
         uint32_t capacity
         uint32_t gauge_count
         uint64_t slow_start_ns
+        uint64_t origin_incarnation
         char gauge_names[16][32]
+        uint32_t origin_slot
+        uint32_t origin_generation
 
     uint64_t shmc_record_offset(uint64_t slots)
     uint64_t shmc_lease_offset(uint64_t slots)

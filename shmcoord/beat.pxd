@@ -8,6 +8,7 @@ cdef struct entry_t:
     uint32_t slot
     uint32_t generation
     bint is_node
+    bint is_mirror    # its beats are moved by whoever brings news, not by time
     uint64_t interval_ns
     uint64_t due_ns
     uint64_t overflow  # cost of running requests for which no cell was left; node side moves it

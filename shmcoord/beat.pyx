@@ -99,8 +99,9 @@ cdef void* _beat_main(void* unused) noexcept nogil:
 
 cdef void _beat(entry_t* entry, uint64_t now) noexcept nogil:
     cdef shmc_hot* hot = &entry.m.hot[entry.slot]
-    store_relaxed_u64(&hot.beat_ns, now)
-    store_release_u64(&hot.beats, load_relaxed_u64(&hot.beats) + 1)
+    if not entry.is_mirror:
+        store_relaxed_u64(&hot.beat_ns, now)
+        store_release_u64(&hot.beats, load_relaxed_u64(&hot.beats) + 1)
     if entry.is_node:
         sweep_row(entry.m, entry.slot)
         _recount(entry)

@@ -22,6 +22,7 @@ from shmcoord.picker cimport (
     random_unit,
     release,
     score_of,
+    segment_of,
     tier_of,
 )
 from shmcoord.status cimport (
@@ -67,6 +68,8 @@ cdef Frozen freeze(Table table):
     self.view.bound = table.candidates.bound
     memcpy(self.view.items, table.candidates.items, count * sizeof(candidate_t))
     memcpy(self.view.hashes, table.candidates.hashes, count * sizeof(uint64_t))
+    memcpy(self.view.remote, table.candidates.remote, count * sizeof(uint32_t))
+    self.view.remote_count = table.candidates.remote_count
     memcpy(self.view.turns, table.candidates.turns, count * sizeof(double))
     for i in range(count):
         hot = table.candidates.items[i].hot
@@ -138,7 +141,7 @@ cdef class Frozen:
             if word_generation(word) != c.open_tag >> 4:
                 word = <uint64_t>SHMC_STATE_SHUTDOWN << 44
             age_s = 0.0
-            health = (<Judge>self.table.judges[c.segment]).health(backend.info, now_ns, &age_s)
+            health = (<Judge>self.table.judges[segment_of(c)]).health(backend.info, now_ns, &age_s)
             if (
                 not death_is_alive(self.hot[i].death)
                 or self.hot[i].generation != backend.info.generation

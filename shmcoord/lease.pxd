@@ -62,4 +62,4 @@ cdef class Lease:
 
 cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full)
 cdef uint64_t* find_cell(Mapping mapping, uint32_t slot, uint32_t generation, str token,
-                         uint64_t* value) except NULL
+                         uint64_t* value, uint32_t* cost, uint32_t* host) except? NULL

@@ -16,6 +16,7 @@ cimport cython
 
 from shmcoord._steps cimport step
 from shmcoord.segment cimport MAPPING_FORKED
+from shmcoord.status cimport NodeInfo
 
 from shmcoord.errors import LeaseLost, LeaseReleased
 
@@ -67,16 +68,21 @@ cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full
 
 
 cdef uint64_t* find_cell(Mapping mapping, uint32_t slot, uint32_t generation, str token,
-                         uint64_t* value) except NULL:
+                         uint64_t* value, uint32_t* cost, uint32_t* host) except? NULL:
     """The cell that a token names, if the token is of this node, and the value it should have.
+
+    NULL if the lease was reserved on another host, in its mirror of this segment: then `cost` is
+    its cost and `host` that host's id.
 
     Raises:
         LeaseLost: not a token, or one of another segment, node or generation.
     """
     cdef mapping_t* m = mapping.m
+    cdef bint is_remote
     parts = token.split("-")
     numbers = []
-    if len(parts) == 6 and parts[0] == "1" and token.isascii():
+    is_remote = parts[0] == "2"
+    if len(parts) == 6 and (is_remote or parts[0] == "1") and token.isascii():
         for part in parts[1:]:
             if not part or len(part) > 16 or not part.isalnum():
                 break
@@ -91,7 +97,15 @@ cdef uint64_t* find_cell(Mapping mapping, uint32_t slot, uint32_t generation, st
         raise LeaseLost(
             f"the lease is of another segment than {mapping.name} as it is now (made anew since?)"
         )
-    if node != slot or node_generation != generation or index >= m.leases:
+    if node != slot or node_generation != generation:
+        raise LeaseLost("the lease is of another node, or of an earlier process of this one")
+    if is_remote:
+        if not 1 <= index <= SHMC_OP_MAX or not 1 <= expected <= SHMC_COST_MAX:
+            raise LeaseLost("the token names no host, or no cost")
+        host[0] = index
+        cost[0] = expected
+        return NULL
+    if index >= m.leases:
         raise LeaseLost("the lease is of another node, or of an earlier process of this one")
     if cell_state(expected) != SHMC_CELL_RESERVED:
         raise LeaseLost("the token does not name a reservation")
@@ -145,6 +159,12 @@ cdef class Lease:
     @property
     def token(self):
         """ASCII text that travels with the request and lets the node adopt the lease."""
+        cdef NodeInfo info = self.backend.info
+        if info.origin_incarnation:
+            return (
+                f"2-{info.origin_incarnation:x}-{info.origin_slot:x}-{info.origin_generation:x}-"
+                f"{load_relaxed_u64(&self.owner.mapping.m.sync.mirror):x}-{self.cost:x}"
+            )
         return (
             f"1-{self.owner.mapping.m.incarnation:x}-{self.backend.info.slot:x}-"
             f"{self.backend.info.generation:x}-{self.index:x}-{self.value:x}"
@@ -155,7 +175,8 @@ cdef class Lease:
 
         Returns:
             True if this call freed it: then no node has adopted it, and none can any more. False
-            if a node has adopted it meanwhile (the node frees it), or it was reaped.
+            if a node has adopted it meanwhile (the node frees it), or it was reaped; and always if
+            the node is on another host, since what it has begun cannot be seen from here.
 
         Raises:
             LeaseReleased: it was released before.
@@ -168,7 +189,7 @@ cdef class Lease:
         if self.owner.left:  # the router was closed, which gave back all that it held
             self.released = True
             return False
-        return self._free()
+        return self._free() and self.backend.info.origin_incarnation == 0
 
     def __enter__(self):
         return self

@@ -304,6 +304,7 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     entry.slot = slot
     entry.generation = generation
     entry.is_node = kind == SHMC_KIND_NODE
+    entry.is_mirror = meta.origin_incarnation != 0
     entry.interval_ns = meta.interval_ns
     entry.due_ns = now + meta.interval_ns
     if not hold(entry):

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmcoord._layout cimport shmc_hot, shmc_record
+from shmcoord._layout cimport shmc_hot, shmc_meta, shmc_record
 from shmcoord.liveness cimport Participant
 from shmcoord.segment cimport Mapping, mapping_t
 
@@ -27,6 +27,7 @@ cdef class Node:
     cdef void publish_record(self) noexcept
     cdef void show_latency(self, double latency_s) noexcept
     cdef void forget_latency(self) noexcept
+    cdef void run(self, Request request, uint32_t state, uint32_t cost, uint32_t op) noexcept
     cdef void finish(self, int index, uint64_t value, uint64_t began_ns, bint failed) noexcept
 
 
@@ -37,5 +38,8 @@ cdef class Request:
     cdef int index
     cdef bint ended
 
+cdef int fill_meta(shmc_meta* meta, Mapping segment, str name, str group, str endpoint,
+                   object capacity, object weight, object interval_s, tuple gauges,
+                   object slow_start_s) except -1
 cdef Node join_node(Mapping segment, str name, str group, str endpoint, object capacity,
                     object weight, object interval_s, tuple gauges, object slow_start_s)

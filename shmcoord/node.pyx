@@ -5,7 +5,7 @@ The owner of a slot is the only writer of its record, and the GIL makes the thre
 one writer: nothing here runs Python code between the first and the last store of a publication.
 """
 cimport cython
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from shmcoord._atomics cimport *
@@ -29,7 +29,7 @@ from shmcoord.status cimport (
 import logging
 
 from shmcoord import status, update
-from shmcoord.errors import LeaseLost
+from shmcoord.errors import LeaseLost, SegmentForbidden
 
 _log = logging.getLogger("shmcoord.node")
 
@@ -58,15 +58,11 @@ cdef void _put(char* target, bytes raw) noexcept:
 cdef bint _making = False
 
 
-cdef Node join_node(Mapping segment, str name, str group, str endpoint, object capacity,
-                    object weight, object interval_s, tuple gauges, object slow_start_s):
-    global _making
-    cdef bint before
-    cdef shmc_meta meta
-    cdef Node self
-    cdef Participant participant
-    segment.check()
-    memset(&meta, 0, sizeof(meta))
+cdef int fill_meta(shmc_meta* meta, Mapping segment, str name, str group, str endpoint,
+                   object capacity, object weight, object interval_s, tuple gauges,
+                   object slow_start_s) except -1:
+    """Check what a node joins with and write it down, all but who it is."""
+    memset(meta, 0, sizeof(shmc_meta))
     _put(meta.name, _check_text("node name", name, SHMC_NAME_BYTES - 1))
     _put(meta.group, _check_text("group", group, SHMC_NAME_BYTES - 1))
     _put(meta.endpoint, _check_text("endpoint", endpoint, SHMC_ENDPOINT_BYTES - 1))
@@ -103,6 +99,25 @@ cdef Node join_node(Mapping segment, str name, str group, str endpoint, object c
     meta.interval_ns = <uint64_t>(interval_s * 1e9)
     meta.slow_start_ns = <uint64_t>(slow_start_s * 1e9)
     meta.gauge_count = <uint32_t>len(gauges)
+    return 0
+
+
+cdef Node join_node(Mapping segment, str name, str group, str endpoint, object capacity,
+                    object weight, object interval_s, tuple gauges, object slow_start_s):
+    global _making
+    cdef bint before
+    cdef shmc_meta meta
+    cdef Node self
+    cdef Participant participant
+    segment.check()
+    if load_relaxed_u64(&segment.m.sync.mirror) != 0:
+        raise SegmentForbidden(
+            f"{segment.name} mirrors a segment of another host: nodes join there; if that is no "
+            "longer so, unlink it"
+        )
+    fill_meta(
+        &meta, segment, name, group, endpoint, capacity, weight, interval_s, gauges, slow_start_s
+    )
 
     participant = claim(segment, SHMC_KIND_NODE, &meta, name)
     before = _making
@@ -114,9 +129,9 @@ cdef Node join_node(Mapping segment, str name, str group, str endpoint, object c
     self.name = name
     self.group = group
     self.endpoint = endpoint
-    self.capacity = capacity
-    self.weight = weight
-    self.interval_s = interval_s
+    self.capacity = meta.capacity
+    self.weight = meta.weight
+    self.interval_s = float(interval_s)
     self.gauge_index = {gauge: i for i, gauge in enumerate(gauges)}
     self.m = segment.m
     self.hot = &self.m.hot[participant.slot]
@@ -165,23 +180,25 @@ cdef class Node:
         all the same: work that has arrived cannot be refused here.
         """
         cdef Request request
-        cdef uint64_t value
         self.check()
         request = _new_request()  # first: whoever holds a cell must be able to give it back
-        value = cell_make(
-            SHMC_CELL_RUNNING, self.participant.slot, self.participant.generation, 1,
-            self.participant.next_op(),
+        self.run(request, SHMC_CELL_RUNNING, 1, self.participant.next_op())
+        return request
+
+    cdef void run(self, Request request, uint32_t state, uint32_t cost, uint32_t op) noexcept:
+        """Begin a request for which no cell of this segment is reserved."""
+        cdef uint64_t value = cell_make(
+            state, self.participant.slot, self.participant.generation, cost, op
         )
         request.index = take_cell(self.row, 0, self.m.leases, value)
         request.value = value
         request.node = self
         step(b"begin.cas")
         if request.index < 0:
-            add_seqcst_u64(&self.participant.entry.overflow, 1)
-        word_add_inflight(self.hot, self.participant.generation, 1)
+            add_seqcst_u64(&self.participant.entry.overflow, cost)
+        word_add_inflight(self.hot, self.participant.generation, cost)
         step(b"begin.word")
         request.began_ns = mono_ns()
-        return request
 
     def request(self):
         """The same as `begin`, to be used as `with node.request(): ...`."""
@@ -199,9 +216,12 @@ cdef class Node:
 
         Raises:
             LeaseLost: the lease was reaped or released, adopted before, or never was one of this
-                node. Refuse the request without doing anything: the router may send it elsewhere.
+                node; or it was reserved on another host, which did not know yet that this node
+                takes no more. Refuse the request without doing anything: the router may send it
+                elsewhere.
         """
         cdef uint64_t expected = 0
+        cdef uint32_t cost = 0, host = 0
         cdef uint64_t value
         cdef uint64_t* cell
         cdef Request request
@@ -211,8 +231,14 @@ cdef class Node:
         request = _new_request()
         try:
             cell = find_cell(
-                self.segment, self.participant.slot, self.participant.generation, token, &expected
+                self.segment, self.participant.slot, self.participant.generation, token, &expected,
+                &cost, &host,
             )
+            if cell == NULL:
+                if self._stored_state() != SHMC_STATE_OPEN:
+                    raise LeaseLost(f"node {self.name} takes no more requests from other hosts")
+                self.run(request, SHMC_CELL_REMOTE, cost, host)
+                return request
             value = cell_make(
                 SHMC_CELL_RUNNING, self.participant.slot, self.participant.generation,
                 cell_cost(expected), self.participant.next_op(),
@@ -258,8 +284,10 @@ cdef class Node:
                 cell_cost(value),
             )
         else:
-            add_seqcst_u64(&self.participant.entry.overflow, <uint64_t>-1)
-            word_add_inflight(self.hot, self.participant.generation, -1)
+            add_seqcst_u64(&self.participant.entry.overflow, <uint64_t>-<int64_t>cell_cost(value))
+            word_add_inflight(
+                self.hot, self.participant.generation, -<int64_t>cell_cost(value)
+            )
         latency_s = (mono_ns() - began_ns) / 1e9
         smoothed = bits_to_double(self.words[SHMC_R_LATENCY_S])
         if self.words[SHMC_R_SERVED] == 0:

@@ -12,6 +12,7 @@ cdef enum:
     KEPT = 16    # ties that least-loaded writes down; among more it draws
     DRAWS = 8    # tries of least-loaded to find an idle node of a large group by drawing
     SAMPLE = 32  # candidates that hot-cold compares; of a larger group it draws half as many
+    REMOTE = 0x80  # bit of candidate_t.place: a node of another host
 
 # One node of a group as a router's private table has it: half a cache line. `hot` points into the
 # segment, the rest is a private copy of what the node wrote once, or this router's own.
@@ -22,8 +23,13 @@ cdef struct candidate_t:
     uint32_t open_tag      # generation and state OPEN, as bits 44 to 63 of the load word have them
     uint32_t skip          # number of the pick that passes it over
     uint16_t capacity
-    uint8_t segment        # index among the router's segments
+    uint8_t place          # index among the router's segments, 0 .. 127, and REMOTE
     uint8_t penalty        # 1: taken only when nobody without is there
+
+
+cdef inline uint32_t segment_of(const candidate_t* c) noexcept nogil:
+    """Index of its segment among the router's."""
+    return c.place & ~<uint32_t>REMOTE
 
 
 cdef struct candidates_t:
@@ -31,6 +37,8 @@ cdef struct candidates_t:
     uint64_t* hashes     # beside `items`: of the node's name, for affinity
     double* turns        # beside `items`: round-robin's credit of each
     uint32_t* scratch    # `count` indices
+    uint32_t* remote     # indices of the nodes of other hosts
+    uint32_t remote_count
     uint32_t count
     double hot_quantile  # hot-cold: loads above this quantile of the group's are hot
     double bound         # affinity: nobody gets more than this times its share

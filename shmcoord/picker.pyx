@@ -46,12 +46,14 @@ cdef bint allocate(candidates_t* table, uint32_t count) noexcept nogil:
     table.hashes = <uint64_t*>calloc(count + 1, sizeof(uint64_t))
     table.turns = <double*>calloc(count + 1, sizeof(double))
     table.scratch = <uint32_t*>calloc(count + 1, sizeof(uint32_t))
+    table.remote = <uint32_t*>calloc(count + 1, sizeof(uint32_t))
+    table.remote_count = 0
     table.count = count
     table.hot_quantile = 0.84
     table.bound = 1.25
     return (
         table.items != NULL and table.hashes != NULL and table.turns != NULL
-        and table.scratch != NULL
+        and table.scratch != NULL and table.remote != NULL
     )
 
 
@@ -61,6 +63,7 @@ cdef void release(candidates_t* table) noexcept nogil:
     free(table.hashes)
     free(table.turns)
     free(table.scratch)
+    free(table.remote)
 
 
 cdef inline bint _is_eligible(const candidate_t* c, uint64_t word) noexcept nogil:
@@ -127,7 +130,32 @@ cdef uint32_t _collect(candidates_t* table, uint32_t skip) noexcept nogil:
 
 # --- least-loaded
 
+cdef bint _two_remote(candidates_t* table, const pick_t* pick, uint32_t* two) noexcept nogil:
+    """Draw two distinct open ones without penalty among the nodes of other hosts.
+
+    False if that does not come about by a few draws: most are penalised, then.
+    """
+    cdef uint32_t _draw, i, found = 0
+    cdef uint64_t word
+    for _draw in range(4 * <uint32_t>DRAWS):
+        i = table.remote[_random_below(pick.rng, table.remote_count)]
+        if table.items[i].penalty or (found and two[0] == i):
+            continue
+        if _is_open(&table.items[i], pick.skip, &word):
+            two[found] = i
+            found += 1
+            if found == 2:
+                return True
+    return False
+
+
 cdef int _least_loaded(candidates_t* table, const pick_t* pick) noexcept nogil:
+    """The lowest tier, then the lowest score; ties by chance.
+
+    Of the nodes of other hosts two are drawn, and only those compared: what is known of them has
+    an age, and all routers of all hosts that went for the least would herd (Mitzenmacher 2000, How
+    Useful Is Old Information?).
+    """
     cdef uint32_t _draw, i, tier, best_tier = 0xFFFFFFFFu, ties = 0
     cdef uint32_t skip = pick.skip
     cdef uint64_t* rng = pick.rng
@@ -137,6 +165,8 @@ cdef int _least_loaded(candidates_t* table, const pick_t* pick) noexcept nogil:
     cdef uint32_t* scratch = table.scratch
     cdef uint32_t count = table.count
     cdef candidate_t* c
+    cdef uint32_t two[2]
+    cdef bint few = table.remote_count > 2 and _two_remote(table, pick, two)
     # Nobody beats an IDLE node without penalty, and all of those tie. In a large group a few draws
     # usually find one, each as likely as any other; only else is everybody looked at.
     if table.count > DRAWS:
@@ -152,6 +182,8 @@ cdef int _least_loaded(candidates_t* table, const pick_t* pick) noexcept nogil:
         # nothing against a better tier: while the best is penalised or full, `limit` lets
         # everybody pass.)
         if score > limit:
+            continue
+        if few and c.place & REMOTE and i != two[0] and i != two[1]:
             continue
         if c.skip == skip or not _is_eligible(c, word):
             continue

@@ -12,7 +12,7 @@ from shmcoord.cells cimport sweep_row
 from shmcoord.groups cimport NO_SKIP, Groups, hash_of
 from shmcoord.lease cimport Lease, reserve
 from shmcoord.liveness cimport Participant, claim
-from shmcoord.picker cimport LOAD_BITS, candidate_t, is_open, pick_t
+from shmcoord.picker cimport LOAD_BITS, candidate_t, is_open, pick_t, segment_of
 from shmcoord.segment cimport MAPPING_FORKED, MAPPING_OPEN, Mapping
 from shmcoord.status cimport word_inflight, word_queue
 from shmcoord.table cimport Table
@@ -54,7 +54,8 @@ cdef class Router(Groups):
         max_waiters: callers of this router that may wait for capacity at once; the next one is
             `Saturated` immediately.
         local: names of the segments of this host. Nodes of the others are taken only when the
-            local ones are busier by more than `remote_margin`. None: all are local.
+            local ones are busier by more than `remote_margin`, and `least-loaded` compares only two
+            of them, drawn by chance. None: all but the mirrors that a bridge keeps are local.
         remote_margin: in requests (of weight 1).
         panic_threshold: where less than this part of the nodes is healthy, all that are not dead
             are used, suspect and ejected ones too. 0: only where nobody healthy is left.
@@ -271,9 +272,9 @@ cdef class Router(Groups):
                     gated = True
                     continue
                 backend = <Backend>table.backends[index]
-                owner = <Participant>self.participants[c.segment]
+                owner = <Participant>self.participants[segment_of(c)]
                 if owner is None or owner.mapping is not backend.mapping:
-                    owner = self._claim(backend.mapping, c.segment)
+                    owner = self._claim(backend.mapping, segment_of(c))
                 full = False
                 lease = reserve(backend, owner, ask.cost, &full)
                 if lease is not None:
@@ -360,9 +361,9 @@ cdef class Router(Groups):
         # Who waits is found by his slot: it takes one wherever there is a node to wait for.
         for i in range(table.candidates.count):
             backend = <Backend>table.backends[<int>i]
-            owner = self.participants[table.candidates.items[i].segment]
+            owner = self.participants[segment_of(&table.candidates.items[i])]
             if owner is None or (<Participant>owner).mapping is not backend.mapping:
-                self._claim(backend.mapping, table.candidates.items[i].segment)
+                self._claim(backend.mapping, segment_of(&table.candidates.items[i]))
         if self.waiting is None:
             from shmcoord.waiting import WaitQueue  # not needed where nobody waits
             queue = WaitQueue(self.turns, _release_quietly, self._pass_on, self.max_waiters)

@@ -125,6 +125,9 @@ cdef class NodeInfo:
     cdef readonly uint64_t interval_ns, slow_start_ns
     cdef readonly double started_at
     cdef bint same_clock
+    # Of the node that this one mirrors; incarnation 0: this is a real node.
+    cdef readonly uint64_t origin_incarnation
+    cdef readonly uint32_t origin_slot, origin_generation
 
 cdef class Status:
     cdef readonly NodeInfo info

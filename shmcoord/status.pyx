@@ -142,6 +142,9 @@ cdef NodeInfo read_info(const mapping_t* m, uint32_t slot):
         max(meta.interval_ns, <uint64_t>INTERVAL_MIN_NS), <uint64_t>INTERVAL_MAX_NS
     )
     info.slow_start_ns = min(meta.slow_start_ns, <uint64_t>INTERVAL_MAX_NS)
+    info.origin_incarnation = meta.origin_incarnation
+    info.origin_slot = meta.origin_slot
+    info.origin_generation = meta.origin_generation
     count = min(meta.gauge_count, <uint32_t>SHMC_GAUGES_MAX)
     names = []
     for i in range(count):

@@ -19,7 +19,15 @@ from shmcoord._layout cimport (
 )
 from shmcoord.backend cimport Backend
 from shmcoord.liveness cimport Judge
-from shmcoord.picker cimport allocate, candidate_t, random_unit, release, score_of
+from shmcoord.picker cimport (
+    REMOTE,
+    allocate,
+    candidate_t,
+    random_unit,
+    release,
+    score_of,
+    segment_of,
+)
 from shmcoord.status cimport HEALTH_DEAD, HEALTH_SUSPECT, record_read
 
 # What outlier detection of Envoy has as defaults where it has the same knob: 5 failures in a row;
@@ -152,9 +160,15 @@ cdef Table make_table(list backends, list segments_of, list judges, Rules rules,
         self.shares[i] = 1.0
         c.open_tag = (backend.info.generation & 0xFFFF) << 4 | SHMC_STATE_OPEN
         c.capacity = <unsigned short>backend.info.capacity
-        c.segment = segments_of[i]
-        if rules.local is not None and backend.mapping.name not in rules.local:
+        c.place = segments_of[i]
+        if (
+            backend.info.origin_incarnation != 0 if rules.local is None
+            else backend.mapping.name not in rules.local
+        ):
             c.bias = rules.remote_margin
+            c.place |= REMOTE
+            self.candidates.remote[self.candidates.remote_count] = i
+            self.candidates.remote_count += 1
         name = backend.info.node.encode()
         self.candidates.hashes[i] = shmc_hash(name, len(name))
         # Round-robin goes on where it was; where it begins is chance, or the first node would be
@@ -198,7 +212,7 @@ cdef class Table:
             c = &self.candidates.items[i]
             backend = <Backend>self.backends[<int>i]
             watch = <Watch>self.watches[<int>i]
-            health = (<Judge>self.judges[c.segment]).health(backend.info, now_ns, NULL)
+            health = (<Judge>self.judges[segment_of(c)]).health(backend.info, now_ns, NULL)
             self.why[i] = PASSED_SUSPECT if health == HEALTH_SUSPECT else PASSED_NOT
             if health == HEALTH_DEAD or not record_read(
                 &backend.m.record[backend.info.slot], words, 16
@@ -262,10 +276,15 @@ cdef class Table:
                     else:
                         del unreachable[backend]
             c.penalty = self.why[i] != PASSED_NOT
+            # A node of another host of which nothing is heard is no reason for panic, and no help.
+            if self.why[i] == PASSED_SUSPECT and backend.info.origin_incarnation != 0:
+                continue
             if score_of(c, &score):
                 eligible += 1
                 good += not c.penalty
         self.is_panic = good < self.rules.panic_threshold * eligible
         if self.is_panic:
             for i in range(self.candidates.count):
-                self.candidates.items[i].penalty = 0
+                backend = <Backend>self.backends[<int>i]
+                if self.why[i] != PASSED_SUSPECT or backend.info.origin_incarnation == 0:
+                    self.candidates.items[i].penalty = 0

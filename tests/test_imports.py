@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the bytes and the system
     "_atomics": set(),
     "_bell": set(),
+    "_entry": set(),
     "_layout": set(),
     "_posix": set(),
     "_steps": set(),
@@ -84,6 +85,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("_steps", "cells", "update"),
     },
     "decision": {"backend", "status"},
+    # what hosts tell each other of their nodes
+    "origin": {"_atomics", "_entry", "_layout", "_posix", "cells", "liveness", "segment", "status"},
+    "mirror": {
+        *("_atomics", "_entry", "_layout", "_posix", "cells", "errors", "lease", "liveness"),
+        *("node", "segment", "status"),
+    },
     "groups": {
         *("_atomics", "_layout", "_posix", "backend", "decision", "errors", "explain", "liveness"),
         *("picker", "segment", "status", "table"),

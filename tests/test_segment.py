@@ -403,7 +403,7 @@ def test_wrong_size_is_refused(name, made, change):
     [
         ("layout_major", 2, LayoutMismatch),
         ("layout_minor", 0, LayoutMismatch),
-        ("layout_minor", 2, LayoutMismatch),
+        ("layout_minor", 3, LayoutMismatch),
         ("signature", 1, LayoutMismatch),
         ("header_bytes", 512, LayoutMismatch),
         ("slots", 4097, SegmentCorrupt),

@@ -1,0 +1,23 @@
+from collections.abc import Iterable
+
+from typing_extensions import disjoint_base
+
+from shmcoord.origin import Member
+from shmcoord.segment import Mapping
+
+SUSPECT_INTERVALS: int
+
+@disjoint_base
+class StandIn: ...
+
+@disjoint_base
+class Mirror:
+    def __new__(cls, mapping: Mapping, host: int, suspect_after_s: float) -> Mirror: ...
+    @property
+    def nodes(self) -> tuple[str, ...]: ...
+    def set_members(
+        self, incarnation: int, members: Iterable[Member]
+    ) -> list[tuple[Member, Exception]]: ...
+    def apply(self, entries: bytes, age_ns: int) -> int: ...
+    def suspect(self) -> None: ...
+    def leave(self) -> None: ...
