@@ -228,7 +228,7 @@ cdef class Mirror:
     cdef Mapping mapping
     cdef uint32_t host
     cdef double suspect_after_s
-    cdef uint64_t incarnation    # of the segment that it shows; 0: not known yet
+    cdef readonly uint64_t incarnation  # of the segment that it shows; 0: not known yet
     cdef dict standing           # (slot, generation) of the real node -> StandIn
     cdef dict by_slot            # slot of the real node -> StandIn
     cdef dict names              # (slot, generation) -> its name

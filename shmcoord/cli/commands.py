@@ -15,6 +15,7 @@ import shmcoord
 from shmcoord.cli import as_json
 from shmcoord.cli.answer import flow, now, since
 from shmcoord.cli.asking import RING, Answer, Asker
+from shmcoord.cli.bridge import bridge_command, bridge_keys_command
 from shmcoord.cli.output import Output
 from shmcoord.cli.reading import Observers, SegmentError, SegmentView, alive
 from shmcoord.cli.tree import compact, tree
@@ -119,7 +120,8 @@ def shmcoord_command() -> None:
     """Look after the shared memory in which the processes of this host share their load."""
 
 
-shmcoord_command.add_command(inspect_command)
+for _command in (inspect_command, bridge_command, bridge_keys_command):
+    shmcoord_command.add_command(_command)
 
 
 @shmcoord_command.command("explain", epilog=_EXIT_CODES)
