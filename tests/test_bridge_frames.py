@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import msgspec
@@ -42,10 +43,8 @@ def test_a_frame_comes_back_as_it_was() -> None:
 @given(st.binary(max_size=200))
 def test_no_bytes_do_harm(data: bytes) -> None:
     for head in (b"", bytes((0x53, VERSION))):
-        try:
+        with contextlib.suppress(FrameError):
             assert isinstance(decode(head + data), Frame)
-        except FrameError:
-            pass
 
 
 @given(st.data())
@@ -53,10 +52,8 @@ def test_a_damaged_frame_is_a_frame_or_refused(data: st.DataObject) -> None:
     member = Member(3, 4, "B", "GREEN", "e", 4, 2.0, [], 0.5)
     raw = bytearray(encode(Frame("h", 1, 1, 1, 1, True, [Part("s", 1, 1, 1, [member], b"")])))
     raw[data.draw(st.integers(2, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(FrameError):
         assert isinstance(decode(bytes(raw)), Frame)
-    except FrameError:
-        pass
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("grpc", "http", "segment", "status", "transport"),
     },
     # faces
-    "cli": {"", "decision", "errors", "policy", "segment", "status"},
+    "bridge": {"api", "errors", "mirror", "origin"},
+    "cli": {"", "bridge", "decision", "errors", "policy", "segment", "status"},
     "__main__": {"cli"},
 }
 
@@ -141,6 +142,10 @@ MAY_IMPORT_OUTSIDE: dict[str, set[str]] = {
     "transport._grpc_aio_links": {"grpc"},
     "grpc": {"google", "grpc", "opentelemetry"},
     "http": {"httpx"},
+    "bridge.config": {"msgspec"},
+    "bridge.frame": {"msgspec"},
+    "bridge.keys": {"cryptography"},
+    "bridge._zenoh": {"zenoh"},
     "cli": {"click", "rich"},
 }
 

@@ -2,10 +2,10 @@
 
 Clocks of two hosts have nothing to do with each other, so an age cannot be read off. But the
 difference between the time at which a frame came (our clock) and the time at which it was sent
-(theirs) is the offset of the clocks plus the time on the way; the least of it seen lately belongs to
-the fastest frame, and what another frame has above that is how much longer it was on its way. The
-same idea as the clock filter of NTP (RFC 5905, section 10): the sample with the least delay is the
-one to believe.
+(theirs) is the offset of the clocks plus the time on the way; the least of it seen lately belongs
+to the fastest frame, and what another frame has above that is how much longer it was on its way.
+The same idea as the clock filter of NTP (RFC 5905, section 10): the sample with the least delay is
+the one to believe.
 """
 
 from __future__ import annotations
@@ -53,17 +53,20 @@ class Arrivals:
         """
         if frame.session != self._session:
             if frame.session in self._over:
-                return self._drop("of a former run")
+                self.dropped["of a former run"] += 1
+                return None
             if self._session is not None:
                 self._over.append(self._session)
             self._session = frame.session
             self._sequence = 0
         if frame.sequence <= self._sequence:
-            return self._drop("repeated" if frame.sequence == self._sequence else "overtaken")
+            self.dropped["repeated" if frame.sequence == self._sequence else "overtaken"] += 1
+            return None
         self._sequence = frame.sequence
         lag_ns = self._lag_ns(frame, now_ns)
         if lag_ns > self._lag_most_ns:
-            return self._drop("late")
+            self.dropped["late"] += 1
+            return None
         self.taken += 1
         return lag_ns
 
@@ -85,6 +88,3 @@ class Arrivals:
         if self._offset_before_ns is not None:
             best_ns = min(best_ns, self._offset_before_ns)
         return offset_ns - best_ns
-
-    def _drop(self, why: str) -> None:
-        self.dropped[why] += 1

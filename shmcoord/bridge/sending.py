@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import logging
@@ -24,10 +25,8 @@ def clock_id() -> int:
     """Return a number that identifies this process's CLOCK_MONOTONIC: of its boot and namespace."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         text = file.read().strip()
-    try:
+    with contextlib.suppress(OSError):  # before Linux 5.6 there is only one
         text += f" {os.stat('/proc/self/ns/time').st_ino}"
-    except OSError:  # a kernel before 5.6: there is only one
-        pass
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from shmcoord.bridge.config import BridgeConfig
@@ -97,9 +98,7 @@ class BridgeService:
         self._threads: list[threading.Thread] = []
         self._failed: BaseException | None = None
         own = config.own
-        self._sender = Sender(
-            config.host, own.segments, warns_of_local=not config.is_loopback
-        )
+        self._sender = Sender(config.host, own.segments, warns_of_local=not config.is_loopback)
         self._receiver = Receiver(
             config.host,
             {
@@ -167,10 +166,10 @@ class BridgeService:
 
     # --- the two threads
 
-    def _guarded(self, work: object) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            work()  # type: ignore[operator]
-        except BaseException as error:
+            work()
+        except BaseException as error:  # noqa: BLE001 - `run` raises it
             _log.exception("the bridge cannot go on")
             self._failed = error
             self._stopped.set()
