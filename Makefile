@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard shmcoord/*.pyx shmcoord/*.pxd shmcoord/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test faults sanitize test-all lint format bench bench-tail bench-sim proto clean
+.PHONY: help build demo test faults sanitize test-all lint format bench bench-bridge bench-tail bench-sim proto clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,10 @@ bench: $(VENV)/.dev  ## measure against other ways; prints one table, writes JSO
 bench-tail: $(VENV)/.dev  ## measure the tail of the latency against other balancers (an hour)
 	$(BIN)/python -m bench.tail run
 	$(BIN)/python -m bench.tail report
+
+bench-bridge: $(VENV)/.dev  ## measure bridges between 2, 8 and 32 hosts; fills in docs/hosts.md
+	$(BIN)/python -m bench.bridge run
+	$(BIN)/python -m bench.bridge report
 
 bench-sim: $(VENV)/.dev  ## simulate all policies; fills in docs/policies.md and its plots
 	$(BIN)/python -m bench.sim sweep

@@ -130,6 +130,18 @@ cdef uint32_t _collect(candidates_t* table, uint32_t skip) noexcept nogil:
 
 # --- least-loaded
 
+cdef inline int _better(const candidates_t* table, const uint32_t* two) noexcept nogil:
+    """The better of two that were drawn; a tie goes to the first: who is first is chance."""
+    cdef const candidate_t* a = &table.items[two[0]]
+    cdef const candidate_t* b = &table.items[two[1]]
+    cdef uint64_t word_a = load_relaxed_u64(&a.hot.load)
+    cdef uint64_t word_b = load_relaxed_u64(&b.hot.load)
+    cdef uint32_t tier_a = _tier(a, word_a), tier_b = _tier(b, word_b)
+    return <int>two[
+        tier_b < tier_a or (tier_b == tier_a and _score(b, word_b) < _score(a, word_a))
+    ]
+
+
 cdef bint _two_remote(candidates_t* table, const pick_t* pick, uint32_t* two) noexcept nogil:
     """Draw two distinct open ones without penalty among the nodes of other hosts.
 
@@ -167,6 +179,8 @@ cdef int _least_loaded(candidates_t* table, const pick_t* pick) noexcept nogil:
     cdef candidate_t* c
     cdef uint32_t two[2]
     cdef bint few = table.remote_count > 2 and _two_remote(table, pick, two)
+    if few and table.remote_count == table.count:
+        return _better(table, two)
     # Nobody beats an IDLE node without penalty, and all of those tie. In a large group a few draws
     # usually find one, each as likely as any other; only else is everybody looked at.
     if table.count > DRAWS:
@@ -176,14 +190,14 @@ cdef int _least_loaded(candidates_t* table, const pick_t* pick) noexcept nogil:
                 return <int>(c - table.items)
     for i in range(count):
         c = &items[i]
+        if few and c.place & REMOTE and i != two[0] and i != two[1]:
+            continue
         word = load_relaxed_u64(&c.hot.load)
         score = _score(c, word)
         # Most of many end here: worse than the best so far, whatever else they are. (A score says
         # nothing against a better tier: while the best is penalised or full, `limit` lets
         # everybody pass.)
         if score > limit:
-            continue
-        if few and c.place & REMOTE and i != two[0] and i != two[1]:
             continue
         if c.skip == skip or not _is_eligible(c, word):
             continue
@@ -243,8 +257,6 @@ cdef int _power_of_two(candidates_t* table, const pick_t* pick) noexcept nogil:
     cdef uint32_t _draw, i, found = 0
     cdef uint32_t two[2]
     cdef uint64_t word
-    cdef uint32_t tiers[2]
-    cdef double scores[2]
     cdef candidate_t* c
     if table.count > DRAWS:
         for _draw in range(2 * <uint32_t>DRAWS):
@@ -266,13 +278,7 @@ cdef int _power_of_two(candidates_t* table, const pick_t* pick) noexcept nogil:
         two[0] = table.scratch[i]
         table.scratch[i] = table.scratch[found - 1]
         two[1] = table.scratch[_random_below(pick.rng, found - 1)]
-    for i in range(2):
-        word = load_relaxed_u64(&table.items[two[i]].hot.load)
-        tiers[i] = _tier(&table.items[two[i]], word)
-        scores[i] = _score(&table.items[two[i]], word)
-    # A tie goes to the first: which of them was first is chance.
-    i = tiers[1] < tiers[0] or (tiers[1] == tiers[0] and scores[1] < scores[0])
-    return <int>two[i]
+    return _better(table, two)
 
 
 # --- hot-cold

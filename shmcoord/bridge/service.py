@@ -26,7 +26,7 @@ __all__ = ["BridgeService", "Heard"]
 _log = logging.getLogger("shmcoord.bridge")
 
 # How often the sender looks for what cannot wait, in seconds: one scan of some load words.
-_LOOK_EVERY_S = 0.005
+_LOOK_EVERY_S = 0.01
 # Frames that wait to be written; of more, the new ones are dropped (they are all alike, and after a
 # burst it is the later ones, with new times, that count).
 _WAITING_MOST = 4096
