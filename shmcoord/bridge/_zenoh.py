@@ -197,6 +197,8 @@ class ZenohBridge:
         for one in reversed(self._declared):
             one.undeclare()
         self._declared = []
+        with self._lock:
+            self._connected.clear()
         session.close()  # type: ignore[no-untyped-call]
 
 
