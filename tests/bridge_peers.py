@@ -1,8 +1,8 @@
 """Hosts for the conformance suite of engines: one interface, in this process and in children.
 
 An engine may run threads that no fork survives, so a real one runs in a child of its own:
-`python bridge_peers.py ENGINE` reads commands and writes what its engine tells it, a line of JSON
-each.
+`python bridge_peers.py ENGINE` (a name, or FILE:CLASS) reads commands and writes what its engine
+tells it, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import contextlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -210,6 +211,14 @@ class _Teller:
         self.say(kind="up" if up else "down", host=host, frame="", at=time.monotonic())
 
 
+def _engine(name: str) -> Callable[[], Bridge]:
+    file, _, class_name = name.partition(":")
+    if not class_name:
+        return engine(name)
+    made: Callable[[], Bridge] = runpy.run_path(file)[class_name]
+    return made
+
+
 def _config(raw: dict[str, Any]) -> EngineConfig:
     lists = {key: tuple(raw[key]) for key in ("listen", "connect", "hosts")}
     tls = None if raw["tls"] is None else Tls(*map(Path, raw["tls"]))
@@ -245,7 +254,7 @@ def _obey(bridge: Bridge, teller: _Teller, command: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Be the child."""
-    bridge, teller = engine(sys.argv[1])(), _Teller()
+    bridge, teller = _engine(sys.argv[1])(), _Teller()
     for line in sys.stdin:
         teller.say(answer=_obey(bridge, teller, json.loads(line)))
     bridge.stop()

@@ -26,6 +26,9 @@ _HOST = r"^[A-Za-z0-9_-]{1,63}$"
 _SEGMENT = r"^[A-Za-z0-9_.-]{1,64}$"
 _ENDPOINT = re.compile(r"(?P<kind>tls|tcp)/(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]/:]+):(?P<port>\d+)")
 
+# Engines whose addresses are checked here; others check what they are told themselves.
+_OURS = ("memory", "zenoh")
+
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _Segment = Annotated[str, msgspec.Meta(pattern=_SEGMENT)]
 
@@ -38,11 +41,12 @@ class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One host.
 
     Attributes:
-        listen: Where its bridge listens: `tls/ADDRESS:PORT`, or `tcp/ADDRESS:PORT`.
+        listen: Where its bridge listens: `tls/ADDRESS:PORT`, or `tcp/ADDRESS:PORT`. An engine of
+            others may understand something else, or need nothing.
         segments: Its segments that the others mirror.
     """
 
-    listen: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    listen: tuple[str, ...] = ()
     segments: tuple[_Segment, ...] = ()
 
 
@@ -70,6 +74,7 @@ class BridgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         mode: Permission bits of the mirrors.
         insecure: Whether addresses that others can reach may go without TLS.
         tls: The certificates.
+        settings: What else the engine wants to know.
         folder: What the paths are relative to.
     """
 
@@ -85,6 +90,7 @@ class BridgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     mode: Annotated[int, msgspec.Meta(ge=0o600, le=0o777)] = 0o600
     insecure: bool = False
     tls: TlsConfig | None = None
+    settings: dict[str, str] = {}
     folder: str = "."
 
     @property
@@ -100,7 +106,8 @@ class BridgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     @property
     def is_loopback(self) -> bool:
         """Whether all hosts are this machine."""
-        return all(_is_loopback(at) for host in self.hosts.values() for at in host.listen)
+        known = [at for host in self.hosts.values() for at in host.listen]
+        return bool(known) and all(map(_is_loopback, known))
 
     def mirror_name(self, segment: str) -> str:
         """Return the name that a mirror of a segment has on this host."""
@@ -121,6 +128,7 @@ class BridgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             hosts=tuple(self.others),
             tls=tls,
             insecure=self.insecure,
+            settings=self.settings,
         )
 
     def _path(self, text: str) -> Path:
@@ -171,8 +179,11 @@ def _problems(config: BridgeConfig) -> list[str]:
     found = []
     owners: dict[str, str] = {}
     for name, host in config.hosts.items():
-        for at in host.listen:
-            found += [f"hosts.{name}.listen: {text}" for text in _endpoint_problems(at, config)]
+        if config.engine in _OURS:
+            if not host.listen:
+                found.append(f"hosts.{name}.listen: where does its bridge listen?")
+            for at in host.listen:
+                found += [f"hosts.{name}.listen: {text}" for text in _endpoint_problems(at, config)]
         for segment in host.segments:
             owner = owners.setdefault(segment, name)
             if owner != name:

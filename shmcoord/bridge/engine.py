@@ -7,8 +7,8 @@ of segments. Another one (NATS, Redis) is a class with these methods and an entr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol, cast
@@ -69,6 +69,7 @@ class EngineConfig:
         tls: None: without.
         lease_s: A peer silent for so long is taken for gone, in seconds.
         insecure: Whether addresses that others can reach may go without TLS.
+        settings: What else an engine wants to know, as the file has it.
     """
 
     host: str
@@ -79,6 +80,7 @@ class EngineConfig:
     tls: Tls | None = None
     lease_s: float = 1.0
     insecure: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
