@@ -29,7 +29,7 @@ __all__ = ["Membership", "Place", "Refused"]
 _log = logging.getLogger("shmcoord.grpc")
 
 # `Lease.token`: a version, and five numbers in hexadecimal.
-_TOKEN = re.compile(r"1(?:-[0-9A-Fa-f]{1,16}){5}")
+_TOKEN = re.compile(r"[12](?:-[0-9A-Fa-f]{1,16}){5}")
 
 
 class Place(NamedTuple):
