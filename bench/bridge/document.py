@@ -35,7 +35,7 @@ def _rows(results: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         ("killed", "other bridge killed (SIGKILL): its nodes are out after"),
         ("frozen", "other bridge frozen (SIGSTOP): out after"),
         ("cut", "link cut without a word: out after"),
-        ("killed_back", "killed bridge started again: back after"),
+        ("killed_back", "killed bridge started again: back, once it listens, after"),
         ("frozen_back", "thawed: back after"),
         ("cut_back", "link mended: back after"),
     ):
