@@ -2,10 +2,12 @@
 
 import asyncio
 import functools
+import signal
+import socket
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 from rich.console import Console
@@ -13,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from servers import client, config, links, view
 from servers.pb import shmcoord_cluster_pb2 as pb
+
+if TYPE_CHECKING:
+    from shmcoord.bridge.config import BridgeConfig
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -198,12 +203,44 @@ def query(
 
 @main.command()
 @cluster_options
-def up(loader: Loader) -> None:
-    """Starts all nodes and shows their logs; Ctrl-C stops them."""
+@click.option("--host", help="Only the nodes of this host, and its bridge; by default our name.")
+def up(loader: Loader, host: str | None) -> None:
+    """Starts the nodes and shows their logs; Ctrl-C stops them.
+
+    Where the configuration has several machines (hosts with a bridge), it starts the nodes of one
+    of them and its bridge; the others are started there.
+    """
     from servers.up import run_up
 
     cluster = _loaded(loader)
-    sys.exit(_run(run_up(cluster, loader.arguments(), Console())))
+    host = _host(cluster, host)
+    if host is not None:
+        _checked_bridge(cluster, host)
+    sys.exit(_run(run_up(cluster, loader.arguments(), Console(), host)))
+
+
+@main.command()
+@cluster_options
+@click.argument("host")
+@click.option("--die-with", type=int, hidden=True, help="End when this parent process ends.")
+def bridge(loader: Loader, host: str, die_with: int | None) -> None:
+    """Runs the bridge of a host; `up` does that where the configuration has several machines."""
+    import shmcoord
+    from servers import log
+    from servers.node import die_with as bind_to
+    from shmcoord.bridge.service import BridgeService
+
+    config = _checked_bridge(_loaded(loader), host)
+    log.to_stderr("bridge", also="shmcoord.bridge")
+    try:
+        if die_with is not None:
+            bind_to(die_with)
+        service = BridgeService(config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.stop())
+        service.run()
+    except (shmcoord.ShmcoordError, OSError) as error:
+        _fail(f"[bridge] Error: {error}")
 
 
 @main.command()
@@ -307,6 +344,31 @@ def demo(loader: Loader) -> None:
     from servers.demo import run_demo
 
     sys.exit(_run(run_demo(loader, Console())))
+
+
+def _host(cluster: config.Cluster, chosen: str | None) -> str | None:
+    """Which host of the cluster this is; None: all of them."""
+    if chosen is not None and chosen not in cluster.hosts:
+        raise click.UsageError(f"no host {chosen!r}; hosts are {', '.join(cluster.hosts)}")
+    if not cluster.has_bridges:
+        return chosen
+    if chosen is None:
+        chosen = socket.gethostname().partition(".")[0]
+        if chosen not in cluster.hosts:
+            raise click.UsageError(
+                f"the cluster has several machines: say which this is, --host "
+                f"{' or --host '.join(cluster.hosts)}"
+            )
+    return chosen
+
+
+def _checked_bridge(cluster: config.Cluster, host: str) -> "BridgeConfig":
+    if not cluster.has_bridges or host not in cluster.hosts:
+        raise click.UsageError(f"host {host!r} has no bridge in the configuration")
+    try:
+        return cluster.bridge_config(host)
+    except config.ConfigError as error:
+        _fail(str(error), 2)
 
 
 def _loaded(loader: Loader) -> config.Cluster:

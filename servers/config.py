@@ -11,9 +11,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from shmcoord.bridge.config import BridgeConfig
 
 # The standard library has it from 3.11 on.
 _toml: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -69,10 +72,11 @@ class DataSettings(_Strict):
 
 
 class Host(_Strict):
-    """A machine: the segment its nodes join, and the address they listen on."""
+    """A machine: the segment its nodes join, the address they listen on, and its bridge's."""
 
     segment: SegmentName
     address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    bridge: list[str] = []
 
 
 class TlsSettings(_Strict):
@@ -104,6 +108,8 @@ class Cluster(_Strict):
     teams: Annotated[list[Name], Field(min_length=1)]
     cluster: ClusterSettings = ClusterSettings()
     tls: TlsSettings | None = None
+    # What bridge.toml has, but for the hosts; checked by shmcoord.bridge.
+    bridge: dict[str, Any] = {}
     data: DataSettings
     hosts: dict[Name, Host]
     nodes: dict[Name, NodeSettings]
@@ -118,6 +124,49 @@ class Cluster(_Strict):
     def segments(self) -> tuple[str, ...]:
         """The segments that nodes join, each once."""
         return tuple(dict.fromkeys(self.segment(name) for name in self.nodes))
+
+    @property
+    def has_bridges(self) -> bool:
+        """Whether the hosts are machines of their own, which mirror each other's segments."""
+        return any(host.bridge for host in self.hosts.values())
+
+    def nodes_of(self, host: str | None) -> list[str]:
+        """The nodes of one host; of all for None."""
+        return [name for name, node in self.nodes.items() if host in (None, node.host)]
+
+    def segments_at(self, host: str) -> tuple[str, ...]:
+        """What a router of that host opens: its own segment, and those of the others.
+
+        With bridges the latter are mirrors, with the names that they have there.
+        """
+        mirror = str(self.bridge.get("mirror", "{segment}"))
+        return tuple(
+            mirror.replace("{segment}", other.segment).replace("{host}", host)
+            if self.has_bridges and name != host
+            else other.segment
+            for name, other in self.hosts.items()
+        )
+
+    def bridge_config(self, host: str) -> "BridgeConfig":
+        """How the bridge of a host is configured.
+
+        Raises:
+            ConfigError: `[bridge]` or a host's `bridge` is wrong, or shmcoord[bridge] is missing.
+        """
+        try:
+            from shmcoord.bridge.config import BridgeConfigError, parse
+        except ModuleNotFoundError as error:
+            problem = f"bridges need {error.name}: pip install shmcoord[bridge]"
+            raise ConfigError("hosts", [problem]) from None
+        hosts = {
+            name: {"listen": other.bridge, "segments": [other.segment]}
+            for name, other in self.hosts.items()
+        }
+        raw = {**self.bridge, "hosts": hosts, "folder": str(self.folder)}
+        try:
+            return parse(raw, host=host, source="bridge")
+        except BridgeConfigError as error:
+            raise ConfigError("bridge", str(error).splitlines()) from None
 
     def segment(self, node: str) -> str:
         """The segment that a node joins."""
@@ -222,12 +271,24 @@ def _override(raw: dict[str, Any], base_port: int | None, suffix: str) -> None:
         lowest = min(node["port"] for node in nodes)
         for node in nodes:
             node["port"] += base_port - lowest
+        for host in _tables(raw, "hosts").values():
+            if isinstance(host.get("bridge"), list):
+                host["bridge"] = [_moved(at, base_port - lowest) for at in host["bridge"]]
     for host in _tables(raw, "hosts").values():
         if suffix and isinstance(host.get("segment"), str):
             host["segment"] += suffix
+    bridge = raw.get("bridge")
+    if suffix and isinstance(bridge, dict):
+        bridge["realm"] = f"{bridge.get('realm', 'shmcoord')}{suffix}".replace(".", "-")
     for node in _tables(raw, "nodes").values():
         if suffix and isinstance(node.get("socket"), str):
             node["socket"] += suffix
+
+
+def _moved(at: object, by: int) -> object:
+    """An address of a bridge with its port moved; what is none stays (that is found later)."""
+    place, colon, port = at.rpartition(":") if isinstance(at, str) else ("", "", "")
+    return f"{place}{colon}{int(port) + by}" if port.isdecimal() else at
 
 
 def _field_problems(error: ValidationError) -> Iterator[str]:
@@ -253,6 +314,7 @@ def _cross_problems(raw: Mapping[str, Any], folder: Path) -> Iterator[str]:
     yield from _endpoint_problems(nodes, hosts, folder)
     yield from _team_problems(nodes, teams)
     yield from _host_problems(hosts, nodes)
+    yield from _bridge_problems(raw, hosts)
     yield from _tls_problems(raw.get("tls"), nodes)
     yield from _data_problems(raw.get("data"))
 
@@ -318,6 +380,20 @@ def _host_problems(
     for segment, names in by_segment.items():
         if len(names) > 1:
             yield f"hosts: the segment {segment!r} is given to {_list(names)}"
+
+
+def _bridge_problems(raw: Mapping[str, Any], hosts: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    without = [name for name, host in hosts.items() if not host.get("bridge")]
+    if without and len(without) < len(hosts):
+        yield f"hosts: {_list(without)} has no bridge, and others have; give it to all or to none"
+    bridge = raw.get("bridge")
+    if not isinstance(bridge, dict):
+        return
+    if bridge and without:
+        yield "bridge: no host says where its bridge listens (hosts.NAME.bridge)"
+    for key in ("host", "hosts", "folder"):
+        if key in bridge:
+            yield f"bridge.{key}: is told by [hosts]"
 
 
 def _tls_problems(tls: object, nodes: Mapping[str, dict[str, Any]]) -> Iterator[str]:

@@ -166,7 +166,8 @@ def _load(cluster: Cluster, name: str) -> Dataset:
 
 def _open_segments(stack: contextlib.AsyncExitStack, cluster: Cluster, name: str) -> None:
     """This node's segment; the gateway, which routes over all of them, opens all."""
-    wanted = cluster.segments if name == cluster.leader else (cluster.segment(name),)
+    own = (cluster.segment(name),)
+    wanted = cluster.segments_at(cluster.nodes[name].host) if name == cluster.leader else own
     for segment in wanted:
         log.info("Initializing shared memory: %s", segment)
         stack.enter_context(shmcoord.Segment.open(segment))
@@ -175,7 +176,7 @@ def _open_segments(stack: contextlib.AsyncExitStack, cluster: Cluster, name: str
 
 async def _gateway(stack: contextlib.AsyncExitStack, cluster: Cluster) -> GatewayService:
     """The gateway, with a channel to the nodes of each team; all of them share one router."""
-    router = shmcoord.Router(*cluster.segments)
+    router = shmcoord.Router(*cluster.segments_at(cluster.nodes[cluster.leader].host))
     stack.callback(router.close)
     links = links_of(cluster)
     teams = {}

@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A node that is told to end has its grace period and this, in seconds, before it is killed.
 _STOP_MARGIN_S = 5.0
+# The name under which the bridge's log is told, and how long it rests before it is started again:
+# at first, and at most, in seconds.
+BRIDGE = "bridge"
+_BRIDGE_PAUSE_S = (0.1, 2.0)
 # The longest line of a log that is kept whole, in bytes.
 _LINE_BYTES = 1 << 20
 # A node is asked again soon after it refused a connection, since it is just starting.
@@ -45,10 +49,15 @@ class Supervisor:
         cluster: which nodes to start.
         arguments: options for each `python -m servers node`, so that it reads the same cluster.
         on_line: called with a node's name and each line of its log.
+        host: start only the nodes of this host, and its bridge.
     """
 
     def __init__(
-        self, cluster: Cluster, arguments: Sequence[str], on_line: Callable[[str, str], None]
+        self,
+        cluster: Cluster,
+        arguments: Sequence[str],
+        on_line: Callable[[str, str], None],
+        host: str | None = None,
     ) -> None:
         self._cluster = cluster
         self._links = links_of(cluster)
@@ -56,6 +65,9 @@ class Supervisor:
         self._on_line = on_line
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._readers: list[asyncio.Task[None]] = []
+        self._host = host
+        self._bridge: asyncio.subprocess.Process | None = None
+        self._bridging: asyncio.Task[None] | None = None
 
     @property
     def pids(self) -> dict[str, int]:
@@ -64,7 +76,9 @@ class Supervisor:
 
     async def __aenter__(self) -> "Supervisor":
         try:
-            for name in self._cluster.nodes:
+            if self._host is not None and self._cluster.has_bridges:
+                self._bridging = asyncio.create_task(self._keep_bridge(self._host))
+            for name in self._cluster.nodes_of(self._host):
                 await self._start(name)
         except BaseException:
             await self.stop()
@@ -75,13 +89,30 @@ class Supervisor:
         await self.stop()
 
     async def _start(self, name: str) -> None:
+        process = self._processes[name] = await self._run("node", name)
+        self._readers.append(asyncio.create_task(self._read(name, process)))
+
+    async def _keep_bridge(self, host: str) -> None:
+        """Run the bridge of the host, and start it again whenever it dies."""
+        pause_s = _BRIDGE_PAUSE_S[0]
+        while True:
+            begun = asyncio.get_running_loop().time()
+            self._bridge = await self._run("bridge", host)
+            await self._read(BRIDGE, self._bridge)
+            code = await self._bridge.wait()
+            if asyncio.get_running_loop().time() - begun > _BRIDGE_PAUSE_S[1]:
+                pause_s = _BRIDGE_PAUSE_S[0]
+            self._on_line(BRIDGE, f"[{BRIDGE}] ended: {_how(code)}; it is started again")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _BRIDGE_PAUSE_S[1])
+
+    async def _run(self, *command: str) -> asyncio.subprocess.Process:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "servers",
-            "node",
-            name,
+            *command,
             *self._arguments,
             f"--die-with={os.getpid()}",
             stdin=asyncio.subprocess.DEVNULL,
@@ -92,8 +123,6 @@ class Supervisor:
             # Ctrl-C in the terminal is for the supervisor, which stops the nodes in order.
             start_new_session=True,
         )
-        self._processes[name] = process
-        self._readers.append(asyncio.create_task(self._read(name, process)))
 
     async def _read(self, name: str, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -130,7 +159,7 @@ class Supervisor:
             await asyncio.gather(probes, death, return_exceptions=True)
 
     async def _all_healthy(self) -> None:
-        await asyncio.gather(*(self._healthy(name) for name in self._cluster.nodes))
+        await asyncio.gather(*(self._healthy(name) for name in self._processes))
 
     async def _healthy(self, name: str) -> None:
         endpoint = self._cluster.endpoint(name)
@@ -179,6 +208,8 @@ class Supervisor:
     async def stop(self) -> dict[str, int]:
         """Drains and ends all nodes, the gateway first, so that its queries can still finish.
 
+        The bridge goes last: what it tells the others is who has gone.
+
         Returns:
             The exit code of each node; negative for a signal.
         """
@@ -186,7 +217,23 @@ class Supervisor:
         await self._end([name for name in self._processes if name == leader])
         await self._end([name for name in self._processes if name != leader])
         await asyncio.gather(*self._readers)
+        await self._end_bridge()
         return {name: process.returncode or 0 for name, process in self._processes.items()}
+
+    async def _end_bridge(self) -> None:
+        task, self._bridging = self._bridging, None
+        if task is None:
+            return
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if self._bridge is not None and self._bridge.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._bridge.terminate()
+            try:
+                await asyncio.wait_for(self._bridge.wait(), _STOP_MARGIN_S)
+            except asyncio.TimeoutError:
+                self._bridge.kill()
+                await self._bridge.wait()
 
     def hurry(self) -> None:
         """Ends the grace period of the nodes that are draining."""
@@ -210,10 +257,13 @@ class Supervisor:
             await asyncio.wait(late)
 
 
-def unlink_segments(cluster: Cluster) -> list[str]:
-    """Removes the cluster's segments unless somebody lives in them; returns those that stay."""
+def unlink_segments(cluster: Cluster, host: str | None = None) -> list[str]:
+    """Removes the cluster's segments unless somebody lives in them; returns those that stay.
+
+    With a host, its own segment and its mirrors.
+    """
     kept = []
-    for name in cluster.segments:
+    for name in cluster.segments if host is None else cluster.segments_at(host):
         try:
             with shmcoord.Segment.attach(name) as segment:
                 alive = any(

@@ -29,7 +29,7 @@ class _Screen:
 
     def log(self, name: str, line: str) -> None:
         try:
-            view.show_log(self._console, line, self._styles[name])
+            view.show_log(self._console, line, self._styles.get(name, "white"))
         except (OSError, SystemExit):  # the latter is rich's answer to a broken pipe
             self._be_silent()
 
@@ -39,11 +39,16 @@ class _Screen:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-async def run_up(cluster: Cluster, arguments: Sequence[str], console: Console) -> int:
-    """Runs the cluster until a signal, or until nobody is left; returns the exit code."""
+async def run_up(
+    cluster: Cluster, arguments: Sequence[str], console: Console, host: str | None = None
+) -> int:
+    """Runs the cluster until a signal, or until nobody is left; returns the exit code.
+
+    With a host, the nodes of that host and its bridge.
+    """
     screen = _Screen(cluster, console)
     asked = asyncio.Event()
-    supervisor = Supervisor(cluster, arguments, screen.log)
+    supervisor = Supervisor(cluster, arguments, screen.log, host)
 
     def on_signal() -> None:
         if asked.is_set():
@@ -54,16 +59,20 @@ async def run_up(cluster: Cluster, arguments: Sequence[str], console: Console) -
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
     async with supervisor:
-        failed = await _watch(cluster, supervisor, asked, screen)
+        failed = await _watch(cluster, supervisor, asked, screen, cluster.nodes_of(host))
         codes = await supervisor.stop()
-    for name in unlink_segments(cluster):
+    for name in unlink_segments(cluster, host if cluster.has_bridges else None):
         screen.say(f"The segment {name} stays: somebody else is in it.", "yellow")
     screen.say("All nodes have ended.")
     return int(failed or any(codes.values()))
 
 
 async def _watch(
-    cluster: Cluster, supervisor: Supervisor, asked: asyncio.Event, screen: _Screen
+    cluster: Cluster,
+    supervisor: Supervisor,
+    asked: asyncio.Event,
+    screen: _Screen,
+    nodes: Sequence[str],
 ) -> bool:
     """Waits until the cluster is to be stopped; whether a node has failed."""
     stop = asyncio.create_task(asked.wait())
@@ -73,7 +82,9 @@ async def _watch(
         await asyncio.wait([ready, stop], return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
             ready.result()
-            screen.say(f"Ready: the gateway is {cluster.endpoint(cluster.leader)}. Ctrl-C stops.")
+            gateway = f"the gateway is {cluster.endpoint(cluster.leader)}"
+            here = gateway if cluster.leader in nodes else f"nodes {', '.join(nodes)}"
+            screen.say(f"Ready: {here}. Ctrl-C stops.")
         while not asked.is_set():
             death = asyncio.create_task(supervisor.died(dead))
             await asyncio.wait([death, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -82,7 +93,7 @@ async def _watch(
                 break
             error = death.result()
             dead.add(error.name)
-            if len(dead) == len(cluster.nodes):
+            if len(dead) == len(nodes):
                 screen.say(f"Error: {error}; nobody is left.", "bold red")
                 return True
             screen.say(
