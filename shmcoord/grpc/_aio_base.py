@@ -83,6 +83,8 @@ class RoutedCall:
     own calls have too.
     """
 
+    _is_weak = False
+
     # What most calls never change is not set in each.
     _real: Any = None
     _lease: Lease | None = None
@@ -210,11 +212,11 @@ class RoutedCall:
             served_by.set(node)
             if TRACE in sys.modules:
                 tell_span(node, self._routes.group)
-        real.add_done_callback(self._end_of_real())
+        real.add_done_callback(self._weak_end() if self._is_weak else self._real_ended)
 
-    def _end_of_real(self) -> Callable[[Any], object]:
-        """Return the done callback for grpcio's call."""
-        return self._real_ended
+    def _weak_end(self) -> Callable[[Any], object]:
+        """Return a done callback for grpcio's call that does not keep us alive."""
+        raise NotImplementedError
 
     def _wait_in_task(self, lease: Lease | None, asking: Any) -> None:
         self._late = True
@@ -347,8 +349,8 @@ class RoutedCall:
         if self._over or link is None or lease is None:
             return
         code = code_of(real)
-        if not link.adopts:
-            learn(link, real)
+        if link.lessons:
+            learn(link, real, code is _OK)
         try:
             if code in _MAY_MOVE and not self._committed and self._moves(real, lease, link, code):
                 return
@@ -367,10 +369,13 @@ class RoutedCall:
         link, lease = self._link, self._lease
         assert link is not None
         assert lease is not None
-        if not link.adopts:
-            learn(link, self._real)
+        if link.lessons:
+            learn(link, self._real, succeeded=True)
         lease.release()
-        self._routes.links.give_back(link, failed=False)
+        if link.retired:
+            self._routes.links.give_back(link, failed=False)
+        else:
+            link.calls -= 1
         self._finish()
 
     def _moves(
@@ -424,8 +429,8 @@ class RoutedCall:
         self._lease = self._argument = None
         routes = self._routes
         routes.active -= 1
-        if not routes.active:
-            routes.has_none()
+        if routes.idle_event is not None:
+            routes.check_idle()
         if self._late:
             routes.waiting.discard(self)
             self._wake()

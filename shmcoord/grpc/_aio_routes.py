@@ -37,11 +37,12 @@ class Routes:
         connect_timeout_s: How long a call waits for one connection, in seconds.
         waiting: The calls that have no node at the moment.
         active: How many calls have not ended.
+        idle_event: Of who waits until none is active.
     """
 
     __slots__ = (
-        *("_idle", "_loop", "acquire", "active", "closed", "connect_timeout_s", "earn", "group"),
-        *("links", "max_wait_s", "router", "rules", "waiting"),
+        *("_loop", "acquire", "active", "closed", "connect_timeout_s", "earn", "group"),
+        *("idle_event", "links", "max_wait_s", "router", "rules", "waiting"),
     )
 
     def __init__(
@@ -68,7 +69,7 @@ class Routes:
         self.waiting: set[RoutedCall] = set()
         self.active = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._idle: asyncio.Event | None = None
+        self.idle_event: asyncio.Event | None = None
 
     def enter(self) -> bool:
         """Bind the channel to its loop at the first use; whether that loop runs.
@@ -121,18 +122,18 @@ class Routes:
     def has_ended(self) -> None:
         """Count a call out that could not begin."""
         self.active -= 1
-        if not self.active:
-            self.has_none()
+        if self.idle_event is not None:
+            self.check_idle()
 
-    def has_none(self) -> None:
-        """Tell who waits for it that no call is active."""
-        if self._idle is not None:
-            self._idle.set()
+    def check_idle(self) -> None:
+        """Tell who waits for it if no call is active."""
+        if not self.active and self.idle_event is not None:
+            self.idle_event.set()
 
     async def idle(self, timeout_s: float) -> None:
         """Wait at most so many seconds until no call is active."""
         if self.active:
-            self._idle = asyncio.Event()
-            waiter = asyncio.ensure_future(self._idle.wait())
+            self.idle_event = asyncio.Event()
+            waiter = asyncio.ensure_future(self.idle_event.wait())
             await asyncio.wait((waiter,), timeout=timeout_s)
             waiter.cancel()

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import grpc
 import grpc.aio
 
-from shmcoord.transport._grpc_common import ENDED, OPTIONS, READY, Options
+from shmcoord.transport._grpc_common import ENDED, LESSONS, OPTIONS, READY, Options
 
 __all__ = ["AioLink", "AioLinks"]
 
@@ -35,13 +35,15 @@ class AioLink(Generic[T]):
         face: What `build` made of the channel.
         calls: How many calls it is lent to.
         adopts: Whether the node at its end is known to adopt leases; set by the user.
+        lessons: In how many more responses to look for that.
         closed: Whether it was closed.
+        retired: Whether it is no longer the current one of its endpoint.
         was_ready: Whether it was connected when it was last looked at, or before.
     """
 
     __slots__ = (
-        *("adopts", "calls", "channel", "closed", "endpoint", "face", "was_ready"),
-        *("_retired", "_settling"),
+        *("adopts", "calls", "channel", "closed", "endpoint", "face", "lessons"),
+        *("retired", "was_ready", "_settling"),
     )
 
     def __init__(self, endpoint: str, channel: grpc.aio.Channel, face: T) -> None:
@@ -50,9 +52,10 @@ class AioLink(Generic[T]):
         self.face = face
         self.calls = 0
         self.adopts = False
+        self.lessons = LESSONS
         self.closed = False
         self.was_ready = False
-        self._retired = False  # no longer the current one
+        self.retired = False
         self._settling: asyncio.Task[None] | None = None
 
     @property
@@ -172,7 +175,7 @@ class AioLinks(Generic[T]):
             failed: Whether the call did not end well: then its connection is looked at.
         """
         link.calls -= 1
-        if link._retired:
+        if link.retired:
             if not link.calls:
                 self._close_soon(link)
         elif failed and link.spent:
@@ -185,7 +188,7 @@ class AioLinks(Generic[T]):
         self._open.clear()
         self._current.clear()
         for link in links:
-            link._retired = True
+            link.retired = True
             await link.close()
         if self._closing:
             await asyncio.wait(self._closing)
@@ -219,7 +222,7 @@ class AioLinks(Generic[T]):
         """No new call goes out on it."""
         if self._current.get(link.endpoint) is link:
             del self._current[link.endpoint]
-        link._retired = True
+        link.retired = True
         if not link.calls:
             self._close_soon(link)
 
