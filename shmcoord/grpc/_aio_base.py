@@ -102,6 +102,9 @@ class RoutedCall:
     _watchers: list[asyncio.Future[None]] | None = None
     _made_course: Course | None = None
     _ask = PLAIN
+    _patient = False  # it waits for nodes
+    _timeout: float | None = None
+    _ends_at: float | None = None
     _look_again_at = 0.0
     _look_again_s = _LOOK_EVERY_S
     _patient_until: float | None = None
@@ -119,15 +122,22 @@ class RoutedCall:
         self._method = method
         self._routes = routes = method.routes
         self._argument = argument
-        self._credentials = credentials
-        self._patient = wait_for_ready
-        self._compression = compression
-        self._timeout = timeout
+        self._options = (credentials, compression)
+        self._context = contextvars.copy_context()
         if metadata:
             self._ask = ask_of(metadata)
-        runs = routes.enter()
-        self._ends_at = None if timeout is None else time.monotonic() + timeout
-        self._context = contextvars.copy_context()
+        if wait_for_ready:
+            self._patient = True
+        if timeout is not None:
+            self._timeout = timeout
+            self._ends_at = time.monotonic() + timeout
+        # As `Routes.enter` does, for the usual case.
+        try:
+            runs = asyncio.get_running_loop() is routes.bound and not routes.closed
+        except RuntimeError:
+            runs = False
+        if not runs:
+            runs = routes.enter()
         routes.active += 1
         routes.earn()
         try:
@@ -189,6 +199,7 @@ class RoutedCall:
         method = self._method
         token = (LEASE_KEY, lease.token)
         sent = self._ask[2]
+        credentials, compression = self._options
         try:
             # Not wait_for_ready: on a connection that breaks just now, it would wait for this one
             # node until the deadline.
@@ -196,8 +207,8 @@ class RoutedCall:
                 self._argument,
                 timeout=timeout_s,
                 metadata=(*sent, token) if sent else (token,),
-                credentials=self._credentials,
-                compression=self._compression,
+                credentials=credentials,
+                compression=compression,
             )
         except BaseException:
             drop(lease, link, self._routes.links, failed=True)
@@ -372,11 +383,18 @@ class RoutedCall:
         if link.lessons:
             learn(link, self._real, succeeded=True)
         lease.release()
-        if link.retired:
+        if link.retired or self._late or self._callbacks:
             self._routes.links.give_back(link, failed=False)
-        else:
-            link.calls -= 1
-        self._finish()
+            self._finish()
+            return
+        # What `give_back` and `_finish` would do.
+        link.calls -= 1
+        self._over = True
+        self._lease = self._argument = None
+        routes = self._routes
+        routes.active -= 1
+        if routes.idle_event is not None:
+            routes.check_idle()
 
     def _moves(
         self,

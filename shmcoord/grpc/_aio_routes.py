@@ -37,11 +37,12 @@ class Routes:
         connect_timeout_s: How long a call waits for one connection, in seconds.
         waiting: The calls that have no node at the moment.
         active: How many calls have not ended.
+        bound: The loop, once the channel was used.
         idle_event: Of who waits until none is active.
     """
 
     __slots__ = (
-        *("_loop", "acquire", "active", "closed", "connect_timeout_s", "earn", "group"),
+        *("acquire", "active", "bound", "closed", "connect_timeout_s", "earn", "group"),
         *("idle_event", "links", "max_wait_s", "router", "rules", "waiting"),
     )
 
@@ -68,7 +69,7 @@ class Routes:
         self.closed = False
         self.waiting: set[RoutedCall] = set()
         self.active = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.bound: asyncio.AbstractEventLoop | None = None
         self.idle_event: asyncio.Event | None = None
 
     def enter(self) -> bool:
@@ -84,26 +85,26 @@ class Routes:
             running = asyncio.get_running_loop()
         except RuntimeError:
             return self._enter_outside()
-        if running is not self._loop:
-            if self._loop is not None:
+        if running is not self.bound:
+            if self.bound is not None:
                 raise RuntimeError(
                     "the channel belongs to another event loop; make one channel per loop"
                 )
-            self._loop = running
+            self.bound = running
         return True
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The loop of the channel, once it was used."""
-        assert self._loop is not None
-        return self._loop
+        assert self.bound is not None
+        return self.bound
 
     def _enter_outside(self) -> bool:
-        if self._loop is None:
+        if self.bound is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                self._loop = asyncio.get_event_loop_policy().get_event_loop()
-        if self._loop.is_running():  # in another thread
+                self.bound = asyncio.get_event_loop_policy().get_event_loop()
+        if self.bound.is_running():  # in another thread
             raise RuntimeError(
                 "the channel belongs to an event loop that runs in another thread; make one "
                 "channel per loop, or use asyncio.run_coroutine_threadsafe"

@@ -32,6 +32,7 @@ class AioLink(Generic[T]):
     Attributes:
         endpoint: Where it leads.
         channel: The channel.
+        get_state: Its method.
         face: What `build` made of the channel.
         calls: How many calls it is lent to.
         adopts: Whether the node at its end is known to adopt leases; set by the user.
@@ -42,13 +43,14 @@ class AioLink(Generic[T]):
     """
 
     __slots__ = (
-        *("adopts", "calls", "channel", "closed", "endpoint", "face", "lessons"),
-        *("retired", "was_ready", "_settling"),
+        *("adopts", "calls", "channel", "closed", "endpoint", "face", "get_state"),
+        *("lessons", "retired", "was_ready", "_settling"),
     )
 
     def __init__(self, endpoint: str, channel: grpc.aio.Channel, face: T) -> None:
         self.endpoint = endpoint
         self.channel = channel
+        self.get_state = channel.get_state
         self.face = face
         self.calls = 0
         self.adopts = False
@@ -143,7 +145,7 @@ class AioLinks(Generic[T]):
     def take_ready(self, endpoint: str) -> AioLink[T] | None:
         """Lend the link to an endpoint for one call if it is connected; else None."""
         link = self._current.get(endpoint)
-        if link is None or link.channel.get_state() is not READY:
+        if link is None or link.get_state() is not READY:
             return None
         link.was_ready = True
         link.calls += 1
