@@ -26,6 +26,9 @@ ENDED = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SH
 # A fresh channel must not inherit the back-off of an earlier one from gRPC's shared pool.
 OPTIONS: dict[str, Any] = {"grpc.use_local_subchannel_pool": 1}
 
+LESSONS = 16
+"""Responses without the key that tells of adopting nodes, after which no more are looked at."""
+
 Options = Sequence[tuple[str, Any]]
 
 
