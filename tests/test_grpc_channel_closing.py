@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -64,3 +65,36 @@ def test_who_blocks_for_capacity_is_told(cluster: Cluster, how: str) -> None:
         assert held.result(5) == "HOLD"
         none_held(cluster)
         close_soon(others)
+
+
+@pytest.mark.parametrize("ends", ["before the response is there", "while the link is given back"])
+def test_a_link_that_ends_during_the_last_step_of_a_call_is_closed(
+    cluster: Cluster, ends: str
+) -> None:
+    """The call gives the link back in two steps, and gRPC's thread may come in between."""
+    node = cluster.add()
+    with shmcoord.grpc.channel(cluster.name, group=GROUP) as channel:
+        stub = Stub(channel)
+        stub.Say("warm")
+        pool: Any = channel._core.pool  # type: ignore[attr-defined]
+        [link] = pool.links()
+
+        class Users(list[None]):
+            def pop(self, *index: Any) -> None:
+                if ends == "while the link is given back":
+                    link._on_state(grpc.ChannelConnectivity.IDLE)
+                super().pop()
+
+        link.users = Users()
+        if ends == "before the response is there":
+            held = threading.Thread(target=stub.Say, args=("hold",))
+            held.start()
+            wait_until(lambda: "hold" in node.seen)
+            link._on_state(grpc.ChannelConnectivity.IDLE)
+            assert pool.open_links() == 1
+            node.release.set()
+            held.join()
+        else:
+            stub.Say("x")
+        assert not link.users
+        assert pool.open_links() == 0

@@ -141,8 +141,10 @@ class RoutedCall:
         routes.active += 1
         routes.earn()
         try:
-            if runs:
-                self._go(routes.max_wait_s if timeout is None else max(timeout, 0.0), ())
+            if timeout is not None and timeout <= 0.0:
+                self._refuse(TimeoutError("there was no time for the call"))
+            elif runs:
+                self._go(routes.max_wait_s if timeout is None else timeout, ())
             else:
                 self._wait_in_task(None, None)
         except BaseException:
@@ -206,7 +208,7 @@ class RoutedCall:
             real = (method.reals.get(link) or method.on(link))(
                 self._argument,
                 timeout=timeout_s,
-                metadata=(*sent, token) if sent else (token,),
+                metadata=(token, *sent) if sent else (token,),
                 credentials=credentials,
                 compression=compression,
             )
@@ -418,6 +420,10 @@ class RoutedCall:
         self._real = self._lease = self._link = None
         self._late = True
         try:
+            if self._routes.links.closed:  # the channel is being closed
+                self._cancelled = True
+                self._finish()
+                return True
             if refused is not None:
                 raise refused
             left_s = course.left_s()

@@ -152,13 +152,23 @@ class AioLinks(Generic[T]):
         return link
 
     def take(self, endpoint: str) -> AioLink[T]:
-        """Lend the link to an endpoint for one call; it may have to `connect` first."""
+        """Lend the link to an endpoint for one call; it may have to `connect` first.
+
+        Raises:
+            RuntimeError: The links are closed.
+        """
         link = self.renew(endpoint)
         link.calls += 1
         return link
 
     def renew(self, endpoint: str) -> AioLink[T]:
-        """Return the current link to an endpoint, a fresh one if there is none or it is spent."""
+        """Return the current link to an endpoint, a fresh one if there is none or it is spent.
+
+        Raises:
+            RuntimeError: The links are closed.
+        """
+        if self.closed:
+            raise RuntimeError("the links are closed")
         link = self._current.get(endpoint)
         if link is not None:
             if not link.spent:

@@ -208,10 +208,10 @@ class LinkPool:
     def give_back(self, link: Link) -> None:
         """Take the link back after a call, and close it if its connection has ended."""
         link.users.pop()
-        if link.spent and not link.users:
-            self._retire(link)
+        if link.spent:
+            self.retire(link)
 
-    def _retire(self, link: Link) -> None:
+    def retire(self, link: Link) -> None:
         """Close a link whose connection has ended, unless somebody still uses it."""
         with self._lock:
             if link.users or link not in self._open:
@@ -282,8 +282,7 @@ class LinkPool:
             self.failed = False
         elif link.spent:
             self.failed = link.state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
-            if not link.users:
-                self._retire(link)
+            self.retire(link)
         self.on_change()
 
 
