@@ -311,7 +311,7 @@ async def test_of_several_leases_the_first_is_meant(start: Start, segment: Segme
     async def echo(request: bytes, context: Any) -> bytes:
         return request
 
-    server, channel = await start(methods={"Echo": Method(echo)})
+    _, channel = await start(methods={"Echo": Method(echo)})
     call = channel.unary_unary(path("Echo"))
     with Router(segment.name) as router:
         lease = router.acquire("GREEN")

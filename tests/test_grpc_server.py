@@ -271,7 +271,7 @@ def test_a_lease_is_adopted(start: Start, segment: Segment) -> None:
 
 def test_of_several_leases_the_first_is_meant(start: Start, segment: Segment) -> None:
     """The channel puts its own before whatever interceptors add."""
-    server, channel = start(methods={"Echo": Method(echo)})
+    _, channel = start(methods={"Echo": Method(echo)})
     call = channel.unary_unary(path("Echo"))
     with Router(segment.name) as router:
         lease = router.acquire("GREEN")
