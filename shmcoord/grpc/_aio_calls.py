@@ -133,6 +133,8 @@ class _Responses(_Dropped):
             except grpc.aio.AioRpcError:
                 if self._is_final(real):
                     raise
+            except RuntimeError:  # two tasks read at once: the call goes on, as in grpcio
+                raise
             except BaseException:
                 self.cancel()
                 raise
@@ -154,6 +156,8 @@ class _Responses(_Dropped):
             except grpc.aio.AioRpcError:
                 if self._is_final(real):
                     raise
+            except RuntimeError:  # two tasks read at once: the call goes on, as in grpcio
+                raise
             except BaseException:
                 self.cancel()
                 raise
