@@ -94,6 +94,7 @@ class Core:
         self.router = router
         self.waits = Waits()  # of the calls that block
         self.acquire = telling(partial(router.acquire, waits=self.waits), on_decision)
+        self.try_acquire = telling(router.try_acquire, on_decision)
         self.acquire_async = telling_async(router.acquire_async, on_decision)
         self.group = group
         self.pool = pool
