@@ -131,8 +131,8 @@ cdef class Router(Groups):
     def try_acquire(self, group, cost=1, *, key=None, explain=False, exclude=()):
         """`acquire` for who would wait, but not here: None where he would have to.
 
-        Unlike `acquire` without a `timeout_s` it overtakes nobody, of this router or another, who
-        waits for the group already.
+        It goes behind those who wait already as `acquire` with a `timeout_s` does; without one that
+        overtakes the callers of other routers.
         """
         cdef Ask ask = self._ask(group, cost, key, explain, exclude, False)
         if self._is_behind(ask, True):
