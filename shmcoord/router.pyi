@@ -12,6 +12,7 @@ from shmcoord.lease import Lease
 from shmcoord.picker import NativePolicy
 from shmcoord.policy import View
 from shmcoord.segment import Mapping
+from shmcoord.waiters import Waits
 
 _Key: TypeAlias = str | bytes | int
 
@@ -40,7 +41,17 @@ class Router(Groups):
         explain: bool = False,
         exclude: Collection[Backend] = (),
         idle_only: bool = False,
+        waits: Waits | None = None,
     ) -> Lease: ...
+    def try_acquire(
+        self,
+        group: str,
+        cost: int = 1,
+        *,
+        key: _Key | None = None,
+        explain: bool = False,
+        exclude: Collection[Backend] = (),
+    ) -> Lease | None: ...
     async def acquire_async(
         self,
         group: str,

@@ -10,11 +10,13 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import Raw, run, wait_until
 
 from shmcoord import NoBackend, Router, Saturated
+from shmcoord.waiters import Waits
 from shmcoord.waiting import LOST_WAKEUP_S, WaitQueue
 
 
@@ -363,6 +365,32 @@ def router_waiters(router):
     )
 
 
+def test_the_waits_of_one_user_can_be_ended(name, node, router):
+    lease = router.acquire("GREEN")
+    ours, others = Waits(), Waits()
+    with ThreadPoolExecutor(3) as threads:
+
+        def wait(waits):
+            return threads.submit(router.acquire, "GREEN", 10, waits=waits)
+
+        waiting = [wait(ours), wait(ours), wait(others)]
+        wait_until(lambda: len(router_waiters(router)) == 3, 2)
+        ours.end()
+        for future in waiting[:2]:
+            with pytest.raises(Saturated, match="until the wait was ended"):
+                future.result(1)
+        assert len(router_waiters(router)) == 1
+        began = time.monotonic()
+        with pytest.raises(Saturated, match="until the wait was ended"):
+            router.acquire("GREEN", 10, waits=ours)  # it need not have begun
+        assert time.monotonic() - began < 1
+        assert not waiting[2].done()
+        lease.release()
+        waiting[2].result(5).release()
+        router.acquire("GREEN", 10, waits=ours).release()  # what is free is not waited for
+    settled(name)
+
+
 async def test_a_newcomer_does_not_overtake(name, node, router):
     """A unit that comes free belongs to who waits, also when a fresh call is just there."""
     lease = router.acquire("GREEN")
@@ -372,6 +400,23 @@ async def test_a_newcomer_does_not_overtake(name, node, router):
     with pytest.raises(Saturated):
         router.acquire("GREEN")
     (await waiting).release()
+    settled(name)
+
+
+async def test_who_does_not_want_to_wait_here_overtakes_nobody(name, node, router):
+    with router.try_acquire("GREEN") as lease:
+        assert lease.node == node.name
+        assert router.try_acquire("GREEN") is None, "it is full"
+    with pytest.raises(NoBackend):
+        router.try_acquire("PINK")
+    lease = router.acquire("GREEN")
+    waiting = asyncio.create_task(router.acquire_async("GREEN", timeout_s=5))
+    await asyncio.sleep(0.02)
+    lease.release()
+    # It is free now, and he who waits for it has not been woken yet.
+    assert router.try_acquire("GREEN") is None
+    (await waiting).release()
+    router.try_acquire("GREEN").release()
     settled(name)
 
 
