@@ -115,8 +115,11 @@ class AioServer(Serving, grpc.aio.Server):
     async def _hang_up(self) -> None:
         """End every connection, then the server; leave the segment."""
         try:
-            for sleep_s in hang_up(self._endpoints):
-                await asyncio.sleep(sleep_s)
+            try:
+                for sleep_s in hang_up(self._endpoints):
+                    await asyncio.sleep(sleep_s)
+            except Exception:  # noqa: BLE001 - whatever went wrong, the server stops
+                _log.exception("node %s could not hang up", self._plug.name)
             await self._real.stop(None)
         finally:
             self._plug.stop()
