@@ -639,3 +639,22 @@ def test_what_fails_while_hanging_up_stops_the_server_all_the_same(
     assert segment.snapshot() == ()
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
         pass
+
+
+def test_an_instrument_joins_after_a_start_that_failed(segment: Segment) -> None:
+    plug = shmcoord.grpc.instrument(node="B", segment=segment.name, group="GREEN", capacity=1)
+    server = grpc.server(plug.executor(), handlers=plug.handlers, interceptors=[plug.interceptor])
+    server.add_generic_rpc_handlers((service(Echo=Method(echo)),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    twin = segment.join("B", group="GREEN", endpoint="unix:twin")
+    with pytest.raises(NodeExists):
+        plug.start(f"127.0.0.1:{port}")
+    assert not plug.joined
+    twin.leave()
+    plug.start(f"127.0.0.1:{port}")
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        assert channel.unary_unary(path("Echo"))(b"hello", timeout=10) == b"hello"
+    server.stop(None).wait()
+    plug.stop()
+    assert segment.snapshot() == ()

@@ -62,6 +62,7 @@ class AioServer(Serving, grpc.aio.Server):
         try:
             self._plug.start(endpoint)
         except BaseException:
+            self._plug.stop()  # whoever waits for the join is refused
             await self._hang_up()
             raise
 

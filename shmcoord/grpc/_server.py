@@ -64,6 +64,7 @@ class Server(Serving, grpc.Server):
             try:
                 self._plug.start(endpoint)
             except BaseException:
+                self._plug.stop()  # whoever waits for the join is refused
                 self._hang_up()
                 self._stopped.set()
                 raise
