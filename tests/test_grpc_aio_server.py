@@ -647,3 +647,43 @@ async def test_excluded_methods_are_no_load_but_their_end_is_waited_for(
     await stopping
     assert seen == [(0, 0, State.IDLE), (0, 0, State.DRAINING)]
     assert server.node.served == 0
+
+
+async def test_what_fails_while_hanging_up_stops_the_server_all_the_same(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(endpoints: Any) -> Iterator[float]:
+        yield 0.0
+        raise OSError("no descriptors")
+
+    monkeypatch.setattr("shmcoord.grpc._aio_server.hang_up", broken)
+    server = shmcoord.grpc.aio.server(node="B", segment=segment.name, group="GREEN")
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    await server.stop(None)
+    assert "could not hang up" in caplog.text
+    assert segment.snapshot() == ()
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        pass
+
+
+async def test_an_instrument_joins_after_a_start_that_failed(segment: Segment) -> None:
+    async def echo(request: bytes, context: Any) -> bytes:
+        return request
+
+    plug = shmcoord.grpc.aio.instrument(node="B", segment=segment.name, group="GREEN")
+    server = grpc.aio.server(handlers=plug.handlers, interceptors=[plug.interceptor])
+    server.add_generic_rpc_handlers((service(Echo=Method(echo)),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    twin = segment.join("B", group="GREEN", endpoint="unix:twin")
+    with pytest.raises(NodeExists):
+        plug.start(f"127.0.0.1:{port}")
+    assert not plug.joined
+    twin.leave()
+    plug.start(f"127.0.0.1:{port}")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        assert await channel.unary_unary(path("Echo"))(b"hello", timeout=10) == b"hello"
+    await server.stop(None)
+    plug.stop()
+    assert segment.snapshot() == ()

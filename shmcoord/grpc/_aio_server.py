@@ -62,6 +62,7 @@ class AioServer(Serving, grpc.aio.Server):
         try:
             self._plug.start(endpoint)
         except BaseException:
+            self._plug.stop()  # whoever waits for the join is refused
             await self._hang_up()
             raise
 
@@ -115,8 +116,11 @@ class AioServer(Serving, grpc.aio.Server):
     async def _hang_up(self) -> None:
         """End every connection, then the server; leave the segment."""
         try:
-            for sleep_s in hang_up(self._endpoints):
-                await asyncio.sleep(sleep_s)
+            try:
+                for sleep_s in hang_up(self._endpoints):
+                    await asyncio.sleep(sleep_s)
+            except Exception:  # noqa: BLE001 - whatever went wrong, the server stops
+                _log.exception("node %s could not hang up", self._plug.name)
             await self._real.stop(None)
         finally:
             self._plug.stop()

@@ -112,7 +112,8 @@ class Membership:
         """Join the segment.
 
         Raises:
-            ShmcoordError: As `Segment.open` and `Segment.join`: `NodeExists` and others.
+            ShmcoordError: As `Segment.open` and `Segment.join`: `NodeExists` and others. It may be
+                tried again.
         """
         place = self.place
         segment = place.segment
@@ -130,7 +131,9 @@ class Membership:
                 slow_start_s=place.slow_start_s,
             )
         except BaseException:
-            self.leave()
+            if self._segment is not None:
+                self._segment.close()
+                self._segment = None
             raise
         self._pid = os.getpid()
         self._reporter = LoadReporter(segment, node)

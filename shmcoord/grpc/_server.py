@@ -64,6 +64,7 @@ class Server(Serving, grpc.Server):
             try:
                 self._plug.start(endpoint)
             except BaseException:
+                self._plug.stop()  # whoever waits for the join is refused
                 self._hang_up()
                 self._stopped.set()
                 raise
@@ -126,8 +127,11 @@ class Server(Serving, grpc.Server):
     def _hang_up(self) -> None:
         """End every connection, then the server; leave the segment."""
         try:
-            for sleep_s in hang_up(self._endpoints):
-                time.sleep(sleep_s)
+            try:
+                for sleep_s in hang_up(self._endpoints):
+                    time.sleep(sleep_s)
+            except Exception:  # noqa: BLE001 - whatever went wrong, the server stops
+                _log.exception("node %s could not hang up", self._plug.name)
             self._real.stop(None).wait()
         finally:
             self._plug.stop()
