@@ -36,6 +36,6 @@ cdef class Router(Groups):
     cdef void _note_refusal(self, Table table, uint32_t outcome) noexcept
     cdef Participant _claim(self, Mapping mapping, uint32_t index)
     cdef Participant _claim_one(self, Mapping mapping, uint32_t index)
-    cdef Lease _wait(self, Ask ask, double timeout_s)
+    cdef Lease _wait(self, Ask ask, double timeout_s, waits)
     cdef object _queue(self, Ask ask)
     cdef object _expected_wait_s(self, Ask ask)

@@ -12,6 +12,7 @@ from shmcoord.lease import Lease
 from shmcoord.picker import NativePolicy
 from shmcoord.policy import View
 from shmcoord.segment import Mapping
+from shmcoord.waiters import Waits
 
 _Key: TypeAlias = str | bytes | int
 
@@ -40,6 +41,7 @@ class Router(Groups):
         explain: bool = False,
         exclude: Collection[Backend] = (),
         idle_only: bool = False,
+        waits: Waits | None = None,
     ) -> Lease: ...
     async def acquire_async(
         self,

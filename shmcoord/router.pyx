@@ -93,7 +93,7 @@ cdef class Router(Groups):
     # --- reserving
 
     def acquire(self, group, timeout_s=0.0, cost=1, *, key=None, explain=False, exclude=(),
-                idle_only=False):
+                idle_only=False, waits=None):
         """Pick and reserve, atomically.
 
         Args:
@@ -107,14 +107,15 @@ cdef class Router(Groups):
             exclude: backends that this request must not go to, for instance since it went there
                 in vain.
             idle_only: take only a node with nothing waiting or in flight; never waits.
+            waits: a `shmcoord.waiters.Waits`, by which somebody else may end this wait.
 
         Returns:
             A `Lease`; release it, or use it as a context manager.
 
         Raises:
             NoBackend: nobody is eligible; the message says why for each node.
-            Saturated: all were at capacity until the time-out, too many wait already, or, with
-                `idle_only`, none was idle.
+            Saturated: all were at capacity until the time-out, or until the wait was ended; too
+                many wait already; or, with `idle_only`, none was idle.
             SegmentFull: there is no participant slot left for this router.
         """
         cdef Lease lease
@@ -126,9 +127,9 @@ cdef class Router(Groups):
             lease = self._attempt(ask)
             if lease is not None:
                 return lease
-        return self._wait(ask, wait_s)
+        return self._wait(ask, wait_s, waits)
 
-    cdef Lease _wait(self, Ask ask, double timeout_s):
+    cdef Lease _wait(self, Ask ask, double timeout_s, waits):
         """Stand in the queue, on a thread."""
         cdef Lease lease
         if timeout_s <= 0:
@@ -140,7 +141,7 @@ cdef class Router(Groups):
             self._raise_saturated(ask, -1.0)
         future = waiter.future
         try:
-            lease = future.result()
+            lease = future.result() if waits is None else waits.result(future)
         except BaseException:
             # Interrupted (Ctrl-C): nobody will take what comes.
             if (<Mapping>self.segments[0]).m.state == MAPPING_FORKED:
@@ -151,6 +152,9 @@ cdef class Router(Groups):
                 future.result().release()
             raise
         if lease is None:
+            if future.cancelled():
+                self.waiting.leave(waiter)
+                self._raise_saturated(ask, timeout_s, True)
             self._raise_saturated(ask, timeout_s)
         return lease
 
@@ -414,8 +418,11 @@ cdef class Router(Groups):
 
     # --- what cannot be done
 
-    def _raise_saturated(self, Ask ask, timeout_s):
-        """`timeout_s` is how long was waited; below 0: too many wait already."""
+    def _raise_saturated(self, Ask ask, timeout_s, ended=False):
+        """`timeout_s` is how long was waited; below 0: too many wait already.
+
+        `ended`: or less long, since somebody has ended the wait.
+        """
         self._note_refusal(self.table_of(ask.group), SHMC_DECIDED_SATURATED)
         nodes = ", ".join(
             f"{candidate.node} {candidate.queue}/{candidate.capacity}"
@@ -431,6 +438,8 @@ cdef class Router(Groups):
             )
         else:
             waited = f" for {timeout_s:g} s" if timeout_s > 0 else ""
+            if ended:
+                waited = " until the wait was ended"
             text = (
                 f"every eligible node of group {ask.group!r} was at its capacity{waited}: {nodes}"
             )

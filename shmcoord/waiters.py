@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from shmcoord.doorbell import Doorbell
 
-__all__ = ["LoopSide", "LoopWaiter", "Served", "ThreadWaiter", "Waiter", "WakeUps"]
+__all__ = ["LoopSide", "LoopWaiter", "Served", "ThreadWaiter", "Waiter", "Waits", "WakeUps"]
 
 _log = logging.getLogger("shmcoord.waiting")
 T = TypeVar("T")
@@ -108,6 +108,39 @@ class ThreadWaiter(Waiter[T]):
         else:
             self.future.set_result(result)
         return True
+
+
+class Waits:
+    """The waits of one user of a router, which may be shared: he can end all of them.
+
+    No lock: who waits adds his future first and looks at `ended` then; who ends has set `ended`
+    first and looks for futures then. One of them sees the other, also where a signal handler ends.
+
+    Attributes:
+        ended: Whether nobody may wait any more.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._futures: dict[Future[Any], None] = {}
+
+    def result(self, future: Future[T | None]) -> T | None:
+        """Wait for the result of a future; None if it was cancelled by `end`."""
+        self._futures[future] = None
+        try:
+            if self.ended:
+                future.cancel()
+            return future.result()
+        except CancelledError:
+            return None
+        finally:
+            del self._futures[future]
+
+    def end(self) -> None:
+        """End the waits under way, and those that somebody is about to begin."""
+        self.ended = True
+        for future in list(self._futures):
+            future.cancel()  # one that has its result keeps it
 
 
 class LoopWaiter(Waiter[T]):

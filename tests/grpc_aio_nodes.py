@@ -5,7 +5,7 @@ Messages are strings. What a node does, the request says:
 - `fail CODE`: aborts with that code
 - `hold`: waits until `node.let_go` is set; `hold before`: before it adopts; `greet`: after it has
   sent the initial metadata
-- `lose`: refuses the lease as if it had been reaped
+- `lose`: refuses the lease as if it had been reaped; `refuse when let go`: after `node.let_go`
 - anything else: is answered
 
 Count takes a number behind that; with `then hold` or `then fail` it does that after the last
@@ -122,6 +122,9 @@ class Node:
         self.seen[method] += 1
         self.metadata.append(dict(context.invocation_metadata()))
         self.arrived.set()
+        if words == "refuse when let go":
+            await self.let_go.wait()
+            words = "lose"
         if words == "lose":
             await refuse_lost_lease_async(context)
         try:

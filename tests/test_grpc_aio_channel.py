@@ -88,6 +88,25 @@ async def test_styles_are_not_mixed(segment, open_channel):
                 call.__aiter__()
 
 
+async def test_a_second_reader_fails_alone(segment, open_channel):
+    async with Node(segment) as node, open_channel() as channel:
+        stub = Stub(channel)
+        for _ in range(2):
+            call = stub.Count("then hold 2")
+            assert await call.__anext__() == "A 0"
+            assert await call.__anext__() == "A 1"
+            reading = asyncio.ensure_future(call.__anext__())
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="already running"):
+                await call.__anext__()
+            node.let_go.set()
+            with pytest.raises(StopAsyncIteration):
+                await reading
+            assert await call.code() is grpc.StatusCode.OK
+            node.let_go.clear()
+        await nothing_held(segment)
+
+
 async def test_calls_are_what_the_public_interface_says(segment, open_channel):
     kinds = {
         "Say": (grpc.aio.UnaryUnaryMultiCallable, grpc.aio.UnaryUnaryCall),

@@ -305,6 +305,21 @@ async def test_leases_are_adopted_or_refused(start: Start, segment: Segment) -> 
     assert (gate.count, server.node.served, server.node.inflight) == (1, 1, 0)
 
 
+async def test_of_several_leases_the_first_is_meant(start: Start, segment: Segment) -> None:
+    """The channel puts its own before whatever interceptors add."""
+
+    async def echo(request: bytes, context: Any) -> bytes:
+        return request
+
+    _, channel = await start(methods={"Echo": Method(echo)})
+    call = channel.unary_unary(path("Echo"))
+    with Router(segment.name) as router:
+        lease = router.acquire("GREEN")
+        two = (*metadata(lease.token), *metadata("nonsense"))
+        assert await call(b"x", metadata=two) == b"x"
+        assert not lease.release(), "it was adopted"
+
+
 def _raises(error: Exception) -> Callable[..., Any]:
     async def handler(request: bytes, context: Any) -> bytes:
         raise error

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_cluster import GROUP, Cluster, Stub, none_held
+from grpc_status import rpc_status
 
 import shmcoord.grpc
-from shmcoord import Decision, Lease, NoneReachable
+from shmcoord import Decision, Lease, NoneReachable, Router, Saturated
 
 
 @pytest.fixture
@@ -119,3 +122,95 @@ def test_an_error_of_who_is_told_ends_the_call(
     assert all(isinstance(error, Exception) and "not this one" in str(error) for error in results)
     assert not node.seen
     none_held(cluster)
+
+
+@both
+@pytest.mark.parametrize("character", ["x", "\N{LATIN SMALL LETTER E WITH ACUTE}"])
+def test_a_long_reason_is_the_same_in_message_and_details(
+    ask: Callable[..., list[Any]],
+    cluster: Cluster,
+    character: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else `grpc_status` refuses the rich status."""
+    monkeypatch.setattr(shmcoord.grpc._refusal, "_MESSAGE_CHARACTERS", 400)
+    nodes = [
+        cluster.segment.join(
+            f"{number} " + 57 // len(character.encode()) * character,
+            group=GROUP,
+            endpoint="127.0.0.1:1",
+            interval_s=3600,
+        )
+        for number in range(12)
+    ]
+    for node in nodes:
+        node.drain()
+    [error] = ask(cluster, lambda stub: [lambda: stub.Say("x", timeout=10)])
+    assert len(str(error.__cause__)) > 400 == len(error.details())
+    status = rpc_status.from_call(error)
+    assert status.message == error.details()
+    assert status.details[0].Is(ErrorInfo.DESCRIPTOR)
+
+
+@both
+@pytest.mark.parametrize("timeout", [0, -1])
+@pytest.mark.parametrize("capacity", [None, 0, 1], ids=["nobody", "full", "free"])
+@pytest.mark.parametrize("wait", [None, True])
+def test_a_call_without_time_has_exceeded_its_deadline(
+    ask: Callable[..., list[Any]],
+    cluster: Cluster,
+    timeout: float,
+    capacity: int | None,
+    wait: bool | None,
+) -> None:
+    """As in gRPC, whatever the nodes are doing."""
+    node = cluster.add(capacity=1) if capacity is not None else None
+    with Router(cluster.name) as router:
+        held = router.acquire(GROUP) if capacity == 0 else None
+        results = ask(
+            cluster,
+            lambda stub: [
+                lambda: stub.Say("x", timeout=timeout, wait_for_ready=wait),
+                lambda: stub.Count("2", timeout=timeout, wait_for_ready=wait),
+            ],
+        )
+    assert [error.code() for error in results] == [grpc.StatusCode.DEADLINE_EXCEEDED] * 2
+    assert held is None or not held.released
+    assert node is None or not node.seen
+
+
+@both
+def test_time_that_passes_while_all_are_full_says_so_and_when_to_try_again(
+    ask: Callable[..., list[Any]], cluster: Cluster
+) -> None:
+    cluster.add(capacity=1)
+    with Router(cluster.name) as router, router.acquire(GROUP):
+        results = ask(
+            cluster,
+            lambda stub: [
+                lambda: stub.Say("x", timeout=0.05),
+                lambda: stub.Say("x", timeout=0.05, wait_for_ready=True),
+                lambda: stub.Count("2", timeout=0.05),
+                lambda: stub.Say("x"),
+            ],
+            max_wait_s=0.05,
+        )
+    assert [error.code() for error in results] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 4
+    assert all(isinstance(error.__cause__, Saturated) for error in results)
+
+
+@both
+def test_who_waits_for_a_node_without_a_deadline_waits_no_longer_than_is_allowed(
+    ask: Callable[..., list[Any]], cluster: Cluster
+) -> None:
+    began = time.monotonic()
+    results = ask(
+        cluster,
+        lambda stub: [
+            lambda: stub.Say("x", wait_for_ready=True),
+            lambda: stub.Count("2", wait_for_ready=True),
+        ],
+        max_wait_s=0.1,
+    )
+    assert [error.code() for error in results] == [grpc.StatusCode.UNAVAILABLE] * 2
+    assert 0.19 < time.monotonic() - began < 5.0

@@ -73,6 +73,9 @@ def test_the_messages_are_those_of_the_protocol() -> None:
     assert interval_of(ReportRequest.FromString(b"\x0a\x02\x08\x03")) == 3.0
     assert interval_of(ReportRequest.FromString(b"\x0a\x02\x10\x01")) == 0.1
     assert interval_of(ReportRequest()) == 1.0
+    request = ReportRequest()
+    request.report_interval.seconds = 315_576_000_000  # the longest Duration that there is
+    assert interval_of(request) < threading.TIMEOUT_MAX
 
 
 class Tap:

@@ -269,6 +269,19 @@ def test_a_lease_is_adopted(start: Start, segment: Segment) -> None:
     assert (server.node.served, server.node.refused, server.node.waiting) == (5, 0, 0)
 
 
+def test_of_several_leases_the_first_is_meant(start: Start, segment: Segment) -> None:
+    """The channel puts its own before whatever interceptors add."""
+    _, channel = start(methods={"Echo": Method(echo)})
+    call = channel.unary_unary(path("Echo"))
+    with Router(segment.name) as router:
+        lease = router.acquire("GREEN")
+        assert call(b"x", metadata=(*metadata(lease.token), *metadata("nonsense"))) == b"x"
+        assert not lease.release(), "it was adopted"
+    with pytest.raises(grpc.RpcError) as caught:
+        call(b"x", metadata=metadata("nonsense"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_a_lost_lease_is_refused_before_anything_is_done(start: Start, segment: Segment) -> None:
     executed = []
     server, channel = start(methods={"Echo": Method(lambda r, c: executed.append(r) or r)})

@@ -298,7 +298,67 @@ async def test_an_answer_that_has_begun_cannot_be_replaced(wrap):
     assert len(sent) == 1
 
 
+class Gone(Exception):
+    """As `starlette.requests.ClientDisconnect`."""
+
+
+@pytest.mark.parametrize(
+    ("ending", "failed"),
+    [("raises", 0), ("returns", 0), ("raises in send", 0), ("500", 1), ("answered before", 1)],
+)
+async def test_a_client_that_went_away_is_no_failure(wrap, ending, failed):
+    async def app(scope, receive, send):
+        if ending == "500":
+            await text(send, 500)
+        if ending == "answered before":
+            await text(send)
+        if ending == "raises in send":
+            await text(send)
+        assert (await receive())["type"] == "http.disconnect"
+        if ending != "returns":
+            raise Gone
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if ending == "raises in send":
+            raise OSError("the connection has ended")
+
+    middleware = wrap(app)
+    scope = {"type": "http", "path": "/", "headers": []}
+    with contextlib.suppress(Gone, OSError):
+        await middleware(scope, receive, send)
+    node = middleware.node
+    assert (node.inflight, node.served, node.failed) == (0, 1, failed)
+
+
 # --- WebSockets
+
+
+@pytest.mark.parametrize(("last", "failed"), [("disconnect", 0), ("receive", 1)])
+async def test_a_websocket_that_its_client_closes_is_no_failure(wrap, last, failed):
+    """Handlers that only read end with `WebSocketDisconnect`."""
+
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        await receive()
+        raise Gone
+
+    events = iter(["connect", last])
+
+    async def receive():
+        return {"type": f"websocket.{next(events)}"}
+
+    async def send(message):
+        pass
+
+    middleware = wrap(app)
+    with pytest.raises(Gone):
+        await middleware({"type": "websocket", "path": "/", "headers": []}, receive, send)
+    node = middleware.node
+    assert (node.inflight, node.served, node.failed) == (0, 1, failed)
 
 
 @pytest.mark.parametrize(("code", "failed"), [(1000, 0), (1011, 1)])

@@ -20,6 +20,7 @@ from http_helpers import TEXT, Servers, bound, ok, serving, text
 import shmcoord
 from shmcoord import NoneReachable, Router
 from shmcoord.http import AsyncTransport, Middleware, Transport
+from shmcoord.http._sending import tls
 
 URL = "http://green/path?q=1"
 
@@ -844,3 +845,35 @@ def test_nothing_leaks_from_threads(name, segment, web):
         outcomes.update(threads.map(one, range(1000)))
         assert site.settled(name) > 500
     assert outcomes.keys() >= {200, 500, "stream", "drop", "late", "in time"}, outcomes
+
+
+def test_transports_to_unix_sockets_share_what_is_large(segment):
+    transport = Transport(segment, group="GREEN")
+    before = tls()
+    for number in range(3):
+        assert transport._to(f"unix:/nowhere/{number}") is transport._to(f"unix:/nowhere/{number}")
+    assert len(transport._unix) == 3
+    assert {inner._pool._ssl_context for inner in transport._unix.values()} == {before}
+    transport.close()
+
+
+def test_a_router_is_closed_though_the_inner_transport_fails_to(segment):
+    class Failing(httpx.BaseTransport):
+        def close(self):
+            raise OSError("cannot")
+
+    transport = Transport(segment.name, group="GREEN", transport=Failing())
+    with pytest.raises(OSError, match="cannot"):
+        transport.close()
+    assert transport._sender.router.closed
+
+
+async def test_so_it_is_on_an_event_loop(segment):
+    class Failing(httpx.AsyncBaseTransport):
+        async def aclose(self):
+            raise OSError("cannot")
+
+    transport = AsyncTransport(segment.name, group="GREEN", transport=Failing())
+    with pytest.raises(OSError, match="cannot"):
+        await transport.aclose()
+    assert transport._sender.router.closed

@@ -113,7 +113,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # faces for what other libraries send
     "grpc": {
         *("api", "backend", "course", "decision", "errors", "lease", "node", "router", "segment"),
-        *("status", "transport"),
+        *("status", "transport", "waiters"),
     },
     "http": {
         *("api", "backend", "course", "decision", "errors", "lease", "node", "router", "segment"),

@@ -10,11 +10,13 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import Raw, run, wait_until
 
 from shmcoord import NoBackend, Router, Saturated
+from shmcoord.waiters import Waits
 from shmcoord.waiting import LOST_WAKEUP_S, WaitQueue
 
 
@@ -361,6 +363,32 @@ def router_waiters(router):
         key=len,
         default=[],
     )
+
+
+def test_the_waits_of_one_user_can_be_ended(name, node, router):
+    lease = router.acquire("GREEN")
+    ours, others = Waits(), Waits()
+    with ThreadPoolExecutor(3) as threads:
+
+        def wait(waits):
+            return threads.submit(router.acquire, "GREEN", 10, waits=waits)
+
+        waiting = [wait(ours), wait(ours), wait(others)]
+        wait_until(lambda: len(router_waiters(router)) == 3, 2)
+        ours.end()
+        for future in waiting[:2]:
+            with pytest.raises(Saturated, match="until the wait was ended"):
+                future.result(1)
+        assert len(router_waiters(router)) == 1
+        began = time.monotonic()
+        with pytest.raises(Saturated, match="until the wait was ended"):
+            router.acquire("GREEN", 10, waits=ours)  # it need not have begun
+        assert time.monotonic() - began < 1
+        assert not waiting[2].done()
+        lease.release()
+        waiting[2].result(5).release()
+        router.acquire("GREEN", 10, waits=ours).release()  # what is free is not waited for
+    settled(name)
 
 
 async def test_a_newcomer_does_not_overtake(name, node, router):

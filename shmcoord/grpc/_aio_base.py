@@ -83,6 +83,8 @@ class RoutedCall:
     own calls have too.
     """
 
+    _is_weak = False
+
     # What most calls never change is not set in each.
     _real: Any = None
     _lease: Lease | None = None
@@ -100,6 +102,9 @@ class RoutedCall:
     _watchers: list[asyncio.Future[None]] | None = None
     _made_course: Course | None = None
     _ask = PLAIN
+    _patient = False  # it waits for nodes
+    _timeout: float | None = None
+    _ends_at: float | None = None
     _look_again_at = 0.0
     _look_again_s = _LOOK_EVERY_S
     _patient_until: float | None = None
@@ -117,20 +122,29 @@ class RoutedCall:
         self._method = method
         self._routes = routes = method.routes
         self._argument = argument
-        self._credentials = credentials
-        self._patient = wait_for_ready
-        self._compression = compression
-        self._timeout = timeout
+        self._options = (credentials, compression)
+        self._context = contextvars.copy_context()
         if metadata:
             self._ask = ask_of(metadata)
-        runs = routes.enter()
-        self._ends_at = None if timeout is None else time.monotonic() + timeout
-        self._context = contextvars.copy_context()
+        if wait_for_ready:
+            self._patient = True
+        if timeout is not None:
+            self._timeout = timeout
+            self._ends_at = time.monotonic() + timeout
+        # As `Routes.enter` does, for the usual case.
+        try:
+            runs = asyncio.get_running_loop() is routes.bound and not routes.closed
+        except RuntimeError:
+            runs = False
+        if not runs:
+            runs = routes.enter()
         routes.active += 1
         routes.earn()
         try:
-            if runs:
-                self._go(routes.max_wait_s if timeout is None else max(timeout, 0.0), ())
+            if timeout is not None and timeout <= 0.0:
+                self._refuse(TimeoutError("there was no time for the call"))
+            elif runs:
+                self._go(routes.max_wait_s if timeout is None else timeout, ())
             else:
                 self._wait_in_task(None, None)
         except BaseException:
@@ -187,15 +201,16 @@ class RoutedCall:
         method = self._method
         token = (LEASE_KEY, lease.token)
         sent = self._ask[2]
+        credentials, compression = self._options
         try:
             # Not wait_for_ready: on a connection that breaks just now, it would wait for this one
             # node until the deadline.
             real = (method.reals.get(link) or method.on(link))(
                 self._argument,
                 timeout=timeout_s,
-                metadata=(*sent, token) if sent else (token,),
-                credentials=self._credentials,
-                compression=self._compression,
+                metadata=(token, *sent) if sent else (token,),
+                credentials=credentials,
+                compression=compression,
             )
         except BaseException:
             drop(lease, link, self._routes.links, failed=True)
@@ -210,11 +225,11 @@ class RoutedCall:
             served_by.set(node)
             if TRACE in sys.modules:
                 tell_span(node, self._routes.group)
-        real.add_done_callback(self._end_of_real())
+        real.add_done_callback(self._weak_end() if self._is_weak else self._real_ended)
 
-    def _end_of_real(self) -> Callable[[Any], object]:
-        """Return the done callback for grpcio's call."""
-        return self._real_ended
+    def _weak_end(self) -> Callable[[Any], object]:
+        """Return a done callback for grpcio's call that does not keep us alive."""
+        raise NotImplementedError
 
     def _wait_in_task(self, lease: Lease | None, asking: Any) -> None:
         self._late = True
@@ -347,8 +362,8 @@ class RoutedCall:
         if self._over or link is None or lease is None:
             return
         code = code_of(real)
-        if not link.adopts:
-            learn(link, real)
+        if link.lessons:
+            learn(link, real, code is _OK)
         try:
             if code in _MAY_MOVE and not self._committed and self._moves(real, lease, link, code):
                 return
@@ -367,11 +382,21 @@ class RoutedCall:
         link, lease = self._link, self._lease
         assert link is not None
         assert lease is not None
-        if not link.adopts:
-            learn(link, self._real)
+        if link.lessons:
+            learn(link, self._real, succeeded=True)
         lease.release()
-        self._routes.links.give_back(link, failed=False)
-        self._finish()
+        if link.retired or self._late or self._callbacks:
+            self._routes.links.give_back(link, failed=False)
+            self._finish()
+            return
+        # What `give_back` and `_finish` would do.
+        link.calls -= 1
+        self._over = True
+        self._lease = self._argument = None
+        routes = self._routes
+        routes.active -= 1
+        if routes.idle_event is not None:
+            routes.check_idle()
 
     def _moves(
         self,
@@ -395,6 +420,10 @@ class RoutedCall:
         self._real = self._lease = self._link = None
         self._late = True
         try:
+            if self._routes.links.closed:  # the channel is being closed
+                self._cancelled = True
+                self._finish()
+                return True
             if refused is not None:
                 raise refused
             left_s = course.left_s()
@@ -424,8 +453,8 @@ class RoutedCall:
         self._lease = self._argument = None
         routes = self._routes
         routes.active -= 1
-        if not routes.active:
-            routes.has_none()
+        if routes.idle_event is not None:
+            routes.check_idle()
         if self._late:
             routes.waiting.discard(self)
             self._wake()

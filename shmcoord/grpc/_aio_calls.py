@@ -62,10 +62,11 @@ class _OneResponse(RoutedCall):
 class _Dropped(RoutedCall):
     """Cancelled when nobody holds it any more."""
 
+    _is_weak = True
     _runs_alone = False
     _end: WeakEnd | None = None
 
-    def _end_of_real(self) -> Callable[[Any], object]:
+    def _weak_end(self) -> Callable[[Any], object]:
         assert self._lease is not None
         assert self._link is not None
         end = self._end = WeakEnd(self, self._lease, self._link, self._routes.links)
@@ -132,6 +133,8 @@ class _Responses(_Dropped):
             except grpc.aio.AioRpcError:
                 if self._is_final(real):
                     raise
+            except RuntimeError:  # two tasks read at once: the call goes on, as in grpcio
+                raise
             except BaseException:
                 self.cancel()
                 raise
@@ -153,6 +156,8 @@ class _Responses(_Dropped):
             except grpc.aio.AioRpcError:
                 if self._is_final(real):
                     raise
+            except RuntimeError:  # two tasks read at once: the call goes on, as in grpcio
+                raise
             except BaseException:
                 self.cancel()
                 raise

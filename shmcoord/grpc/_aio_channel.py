@@ -63,7 +63,8 @@ def channel(
         adopts: Say True if every node of the group adopts leases, as servers of this package do; a
             channel learns it of each node from its first response, so only what breaks before that
             depends on it.
-        max_wait_s: How long a call without a deadline waits for capacity, in seconds.
+        max_wait_s: How long a call without a deadline waits for capacity (or, with
+            `wait_for_ready`, for a node), in seconds.
         connect_timeout_s: How long a call waits for the connection to one node, in seconds.
         on_decision: Called with the decision and the lease before each sending, for logs. An error
             that it raises ends the call.

@@ -39,14 +39,21 @@ def error_of(real: Any, code: grpc.StatusCode) -> grpc.aio.AioRpcError:
     )
 
 
-def learn(link: AioLink[grpc.aio.Channel], real: Any) -> None:
-    """Note if a response names its node: then the node adopts leases."""
+def learn(link: AioLink[grpc.aio.Channel], real: Any, succeeded: bool) -> None:
+    """Note if a response names its node: then the node adopts leases.
+
+    After some that do not, no more are looked at; failures do not count, since they may have been
+    made here.
+    """
     try:
         trailing = now(real.trailing_metadata())
     except Exception:  # noqa: BLE001 - an interceptor's; whoever awaits the call gets it
         return
     if any(key == NODE_KEY for key, _ in trailing or ()):
         link.adopts = True
+        link.lessons = 0
+    elif succeeded:
+        link.lessons -= 1
 
 
 def drop(

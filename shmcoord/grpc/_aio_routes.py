@@ -35,11 +35,13 @@ class Routes:
         connect_timeout_s: How long a call waits for one connection, in seconds.
         waiting: The calls that have no node at the moment.
         active: How many calls have not ended.
+        bound: The loop, once the channel was used.
+        idle_event: Of who waits until none is active.
     """
 
     __slots__ = (
-        *("_idle", "_loop", "acquire", "active", "closed", "connect_timeout_s", "earn", "group"),
-        *("links", "max_wait_s", "router", "rules", "waiting"),
+        *("acquire", "active", "bound", "closed", "connect_timeout_s", "earn", "group"),
+        *("idle_event", "links", "max_wait_s", "router", "rules", "waiting"),
     )
 
     def __init__(
@@ -63,8 +65,8 @@ class Routes:
         self.closed = False
         self.waiting: set[RoutedCall] = set()
         self.active = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._idle: asyncio.Event | None = None
+        self.bound: asyncio.AbstractEventLoop | None = None
+        self.idle_event: asyncio.Event | None = None
 
     def enter(self) -> bool:
         """Bind the channel to its loop at the first use; whether that loop runs.
@@ -79,26 +81,26 @@ class Routes:
             running = asyncio.get_running_loop()
         except RuntimeError:
             return self._enter_outside()
-        if running is not self._loop:
-            if self._loop is not None:
+        if running is not self.bound:
+            if self.bound is not None:
                 raise RuntimeError(
                     "the channel belongs to another event loop; make one channel per loop"
                 )
-            self._loop = running
+            self.bound = running
         return True
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The loop of the channel, once it was used."""
-        assert self._loop is not None
-        return self._loop
+        assert self.bound is not None
+        return self.bound
 
     def _enter_outside(self) -> bool:
-        if self._loop is None:
+        if self.bound is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                self._loop = asyncio.get_event_loop_policy().get_event_loop()
-        if self._loop.is_running():  # in another thread
+                self.bound = asyncio.get_event_loop_policy().get_event_loop()
+        if self.bound.is_running():  # in another thread
             raise RuntimeError(
                 "the channel belongs to an event loop that runs in another thread; make one "
                 "channel per loop, or use asyncio.run_coroutine_threadsafe"
@@ -117,18 +119,18 @@ class Routes:
     def has_ended(self) -> None:
         """Count a call out that could not begin."""
         self.active -= 1
-        if not self.active:
-            self.has_none()
+        if self.idle_event is not None:
+            self.check_idle()
 
-    def has_none(self) -> None:
-        """Tell who waits for it that no call is active."""
-        if self._idle is not None:
-            self._idle.set()
+    def check_idle(self) -> None:
+        """Tell who waits for it if no call is active."""
+        if not self.active and self.idle_event is not None:
+            self.idle_event.set()
 
     async def idle(self, timeout_s: float) -> None:
         """Wait at most so many seconds until no call is active."""
         if self.active:
-            self._idle = asyncio.Event()
-            waiter = asyncio.ensure_future(self._idle.wait())
+            self.idle_event = asyncio.Event()
+            waiter = asyncio.ensure_future(self.idle_event.wait())
             await asyncio.wait((waiter,), timeout=timeout_s)
             waiter.cancel()

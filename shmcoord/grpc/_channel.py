@@ -62,7 +62,8 @@ def channel(
         adopts: Say True if every node of the group adopts leases, as servers of this package do; a
             channel learns it of each node from its first response, so only what breaks before that
             depends on it.
-        max_wait_s: Longest wait for capacity of a call without a deadline, seconds.
+        max_wait_s: Longest wait of a call without a deadline for capacity (or, with
+            `wait_for_ready`, for a node), seconds.
         connect_timeout_s: Longest wait for the connection to one node, seconds.
         on_decision: Called with the decision and the lease before each sending, for logs. An error
             that it raises ends the call.

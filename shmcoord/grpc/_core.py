@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from shmcoord.grpc._background import Background
 from shmcoord.grpc._once import around
 from shmcoord.router import Router
 from shmcoord.transport._grpc_links import LinkPool
+from shmcoord.waiters import Waits
 
 __all__ = ["CLOSED", "ChannelClosed", "Core", "Method"]
 
@@ -90,7 +92,8 @@ class Core:
         on_decision: OnDecision | None,
     ) -> None:
         self.router = router
-        self.acquire = telling(router.acquire, on_decision)
+        self.waits = Waits()  # of the calls that block
+        self.acquire = telling(partial(router.acquire, waits=self.waits), on_decision)
         self.acquire_async = telling_async(router.acquire_async, on_decision)
         self.group = group
         self.pool = pool
@@ -121,6 +124,7 @@ class Core:
                 return
             self.closed = True
         router, pool, background = self._parts
+        self.waits.end()
         background.close()
         try:
             pool.close()

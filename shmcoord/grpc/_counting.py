@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from shmcoord.grpc._common import LEASE_KEY, is_infrastructure
+from shmcoord.grpc._common import is_infrastructure
 from shmcoord.grpc._membership import Membership, Refused
+from shmcoord.transport._grpc_common import token_in
 
 if TYPE_CHECKING:
     from shmcoord.grpc._handlers import Handlers
@@ -130,11 +131,7 @@ class CountingInterceptor(grpc.ServerInterceptor):
         if is_infrastructure(method) or not self._membership.counts(method):
             notes.arrived = Arrival(self._membership, None, aside=True)
             return handler
-        token = None
-        for key, value in details.invocation_metadata or ():
-            if key == LEASE_KEY:
-                token = value if isinstance(value, str) else value.decode("ascii", "replace")
-        notes.arrived = Arrival(self._membership, token)
+        notes.arrived = Arrival(self._membership, token_in(details.invocation_metadata))
         kept = self._wrapped.get(method)
         if kept is not None and kept[0] is handler:
             return kept[1]

@@ -32,6 +32,8 @@ __all__ = ["LoadReport", "LoadReporter", "ReportRequest", "interval_of"]
 _Field = descriptor_pb2.FieldDescriptorProto
 # The shortest interval at which the out-of-band service reports, in seconds.
 SHORTEST_INTERVAL_S = 0.1
+# And the longest: a Duration may be longer than threads can wait.
+LONGEST_INTERVAL_S = 86400.0
 # One that asks for none gets this.
 _USUAL_INTERVAL_S = 1.0
 
@@ -108,10 +110,12 @@ LoadReport, ReportRequest = _messages()
 
 
 def interval_of(request: Any) -> float:
-    """Return how often a `ReportRequest` wants a report, in seconds; at least 0.1."""
+    """Return how often a `ReportRequest` wants a report, in seconds; 0.1 to 86400."""
     asked = request.report_interval
-    interval_s = asked.seconds + asked.nanos / 1e9
-    return max(interval_s, SHORTEST_INTERVAL_S) if interval_s > 0 else _USUAL_INTERVAL_S
+    interval_s: float = asked.seconds + asked.nanos / 1e9
+    if interval_s <= 0:
+        return _USUAL_INTERVAL_S
+    return min(max(interval_s, SHORTEST_INTERVAL_S), LONGEST_INTERVAL_S)
 
 
 class _Mark(NamedTuple):

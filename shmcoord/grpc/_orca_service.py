@@ -70,7 +70,11 @@ def handler(membership: Membership) -> grpc.GenericRpcHandler:
             finally:
                 places.release()
 
-        threading.Thread(target=report, name="shmcoord-reports", daemon=True).start()
+        try:
+            threading.Thread(target=report, name="shmcoord-reports", daemon=True).start()
+        except RuntimeError:  # no thread is left
+            places.release()
+            raise
 
     stream.experimental_non_blocking = True  # type: ignore[attr-defined]
     return _handler(stream)

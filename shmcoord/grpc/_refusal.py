@@ -63,12 +63,13 @@ def refusal(
         if isinstance(error, Saturated)
         else (grpc.StatusCode.UNAVAILABLE, "NO_BACKEND")
     )
-    text = str(error)
+    # Cut for both: from_call refuses a status whose message is not that of the call.
+    text = str(error)[:_MESSAGE_CHARACTERS]
     info = ErrorInfo(reason=reason, domain=DOMAIN, metadata=_states(router, group))
     if isinstance(error, NoneReachable):
         info.reason = "NONE_REACHABLE"
     details = [info]
-    status = RpcStatus(code=code.value[0], message=text[:_MESSAGE_CHARACTERS])
+    status = RpcStatus(code=code.value[0], message=text)
     trailing: list[tuple[str, str | bytes]] = []
     if retry_after_s is not None:
         retry = RetryInfo()

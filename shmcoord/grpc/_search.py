@@ -110,12 +110,17 @@ class Search:
         if not self._waits or isinstance(error, Saturated):
             raise self._course.no_lease(error) from self._course.last_error()
         now = time.monotonic()
+        if self._wait_ends is not None and now >= self._wait_ends:
+            raise self._course.no_lease(error) from self._course.last_error()
         if now >= self._again_at:
             self._again_at = now + _TRY_AGAIN_S
             # Nothing was sent to any of them.
             self._course.exclude = ()
         left_s = self._course.left_s()
-        return _LOOK_EVERY_S if left_s is None else min(left_s, _LOOK_EVERY_S)
+        if left_s is None:
+            assert self._wait_ends is not None
+            left_s = self._wait_ends - now
+        return min(left_s, _LOOK_EVERY_S)
 
     def connect_s(self) -> float:
         """Return how long to wait for a connection, in seconds."""

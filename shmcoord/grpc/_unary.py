@@ -77,7 +77,8 @@ class _Blocking:
                 core.group, core.max_wait_s if timeout is None else timeout, cost, key=key
             )
         except (NoBackend, Saturated) as reason:
-            error = reason
+            if timeout is None or timeout > 0.0:  # else there is no time, of which `_send` tells
+                error = reason
         except ValueError:
             # Closed meanwhile; or there is no time, of which `_send` tells.
             if not core.closed and (timeout is None or timeout >= 0.0):
@@ -110,10 +111,9 @@ class _Blocking:
                         error = reason
                     else:
                         lease.release()
-                        if link.spent:
-                            core.pool.give_back(link)
-                        else:
-                            link.users.pop()
+                        link.users.pop()
+                        if link.spent:  # looked at afterwards, or it would stay open
+                            core.pool.retire(link)
                         core.earn()
                         return response
                 else:

@@ -21,37 +21,71 @@ _INTERNAL_ERROR = 1011
 _TRY_AGAIN_LATER = 1013
 
 
+_LAST = ("http.response.body", "websocket.http.response.body")
+
+
 class Answer:
-    """The application's `send`: names the node in the response, and notes how it turned out.
+    """The application's `receive` and `send`: names the node, and notes how it turned out.
 
     Attributes:
         began: Whether anything of the response was sent.
-        failed: Whether it is a failure so far; one that has not begun is.
+        gone: Whether the application was told that the client went away before its end.
     """
 
-    __slots__ = ("_node", "_send", "began", "failed")
+    __slots__ = ("_bad", "_complete", "_node", "_receive", "_send", "began", "gone")
 
-    def __init__(self, send: Send, node: bytes) -> None:
+    def __init__(self, receive: Receive, send: Send, node: bytes) -> None:
+        self._receive = receive
         self._send = send
         self._node = node
+        self._bad = False
+        self._complete = False
         self.began = False
-        self.failed = True
+        self.gone = False
+
+    def failed(self, error: BaseException | None) -> bool:
+        """Whether the request is a failure of the node.
+
+        Args:
+            error: What the application raised. A cancellation is no Exception, under no event
+                loop, and counts as little as what is raised since the client has gone.
+        """
+        if self._bad:
+            return True
+        if self.gone:
+            return False
+        if error is not None:
+            return isinstance(error, Exception)
+        return not self.began
+
+    async def receive(self) -> Message:
+        """Pass on one event of the server."""
+        message = await self._receive()
+        # Behind the end of the response, too, servers say that the client is gone.
+        if not self._complete and message["type"] in ("http.disconnect", "websocket.disconnect"):
+            self.gone = True
+        return message
 
     async def send(self, message: Message) -> None:
         """Pass on one event of the application."""
         kind = message["type"]
         if kind in ("http.response.start", "websocket.http.response.start"):
             self.began = True
-            self.failed = message["status"] >= 500
+            self._bad = message["status"] >= 500
             message = self._named(message)
         elif kind == "websocket.accept":
             self.began = True
-            self.failed = False
             message = self._named(message)
         elif kind == "websocket.close":
-            self.began = True
-            self.failed = message.get("code") == _INTERNAL_ERROR
-        await self._send(message)
+            self.began = self._complete = True
+            self._bad = message.get("code") == _INTERNAL_ERROR
+        elif kind in _LAST and not message.get("more_body"):
+            self._complete = True
+        try:
+            await self._send(message)
+        except OSError:  # so servers tell, from version 2.4 of the specification on
+            self.gone = True
+            raise
 
     def _named(self, message: Message) -> Message:
         headers = [

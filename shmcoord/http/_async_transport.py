@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from shmcoord.errors import LeaseLost, NoBackend, Saturated
-from shmcoord.http._sending import IDEMPOTENT, LIMITS, AsyncOnce, Call, Leased, Sender
+from shmcoord.http._sending import IDEMPOTENT, LIMITS, AsyncOnce, Call, Leased, Sender, tls
 
 if TYPE_CHECKING:
     from shmcoord.api import Segment
@@ -98,10 +98,12 @@ class AsyncTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Close the router if it is our own, and all connections."""
-        await self._inner.aclose()
-        for transport in (self._unix or {}).values():
-            await transport.aclose()
-        self._sender.close()
+        try:
+            await self._inner.aclose()
+            for transport in (self._unix or {}).values():
+                await transport.aclose()
+        finally:
+            self._sender.close()
 
     def _to(self, endpoint: str) -> httpx.AsyncBaseTransport:
         """The transport that reaches an endpoint: httpx has one per Unix socket."""
@@ -111,7 +113,7 @@ class AsyncTransport(httpx.AsyncBaseTransport):
             raise httpx.UnsupportedProtocol(f"the transport that was given cannot reach {endpoint}")
         path = endpoint.removeprefix("unix:")
         if path not in self._unix:
-            self._unix[path] = httpx.AsyncHTTPTransport(limits=LIMITS, uds=path)
+            self._unix[path] = httpx.AsyncHTTPTransport(tls(), limits=LIMITS, uds=path)
         return self._unix[path]
 
 

@@ -40,6 +40,8 @@ class Middleware:
     application returns, background tasks included. It has failed if the application raised,
     answered with a status of 500 or more or closed a WebSocket with 1011, or returned without an
     answer. A cancelled one has not failed by that alone: who cancels is the client or the server.
+    Neither has one whose client went away before, whatever the application then raises: Starlette
+    raises `WebSocketDisconnect` and `ClientDisconnect` for nothing else.
 
     Handlers find the node in `scope["shmcoord.node"]` (in Starlette and FastAPI
     `request.scope["shmcoord.node"]`), to publish gauges for instance.
@@ -150,11 +152,11 @@ class Middleware:
             await refuse(request, self._value, scope, receive, send)
             return
         scope["shmcoord.node"] = self._node
-        answer = Answer(send, self._value)
+        answer = Answer(receive, send, self._value)
         failed = True
         try:
-            await self._app(scope, receive, answer.send)
-            failed = answer.failed
+            await self._app(scope, answer.receive, answer.send)
+            failed = answer.failed(None)
         except (NoBackend, Saturated) as error:
             if answer.began:
                 raise
@@ -162,8 +164,7 @@ class Middleware:
             problem = no_node(error, self._opened if self._list_nodes else None)
             await refuse(problem, self._value, scope, receive, send, fresh=False)
         except BaseException as error:
-            # A cancellation is no Exception, under no event loop.
-            failed = isinstance(error, Exception) or (answer.began and answer.failed)
+            failed = answer.failed(error)
             raise
         finally:
             request.end(failed)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from shmcoord.errors import LeaseLost, NoBackend, Saturated
-from shmcoord.http._sending import IDEMPOTENT, LIMITS, Call, Leased, Once, Sender
+from shmcoord.http._sending import IDEMPOTENT, LIMITS, Call, Leased, Once, Sender, tls
 
 if TYPE_CHECKING:
     from shmcoord.api import Segment
@@ -121,10 +121,12 @@ class Transport(httpx.BaseTransport):
 
     def close(self) -> None:
         """Close the router if it is our own, and all connections."""
-        self._inner.close()
-        for transport in (self._unix or {}).values():
-            transport.close()
-        self._sender.close()
+        try:
+            self._inner.close()
+            for transport in (self._unix or {}).values():
+                transport.close()
+        finally:
+            self._sender.close()
 
     def _to(self, endpoint: str) -> httpx.BaseTransport:
         """The transport that reaches an endpoint: httpx has one per Unix socket."""
@@ -135,7 +137,7 @@ class Transport(httpx.BaseTransport):
         path = endpoint.removeprefix("unix:")
         with self._opening:
             if path not in self._unix:
-                self._unix[path] = httpx.HTTPTransport(limits=LIMITS, uds=path)
+                self._unix[path] = httpx.HTTPTransport(tls(), limits=LIMITS, uds=path)
             return self._unix[path]
 
 

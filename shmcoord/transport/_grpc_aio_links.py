@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import grpc
 import grpc.aio
 
-from shmcoord.transport._grpc_common import ENDED, OPTIONS, READY, Options
+from shmcoord.transport._grpc_common import ENDED, LESSONS, OPTIONS, READY, Options
 
 __all__ = ["AioLink", "AioLinks"]
 
@@ -32,27 +32,32 @@ class AioLink(Generic[T]):
     Attributes:
         endpoint: Where it leads.
         channel: The channel.
+        get_state: Its method.
         face: What `build` made of the channel.
         calls: How many calls it is lent to.
         adopts: Whether the node at its end is known to adopt leases; set by the user.
+        lessons: In how many more responses to look for that.
         closed: Whether it was closed.
+        retired: Whether it is no longer the current one of its endpoint.
         was_ready: Whether it was connected when it was last looked at, or before.
     """
 
     __slots__ = (
-        *("adopts", "calls", "channel", "closed", "endpoint", "face", "was_ready"),
-        *("_retired", "_settling"),
+        *("adopts", "calls", "channel", "closed", "endpoint", "face", "get_state"),
+        *("lessons", "retired", "was_ready", "_settling"),
     )
 
     def __init__(self, endpoint: str, channel: grpc.aio.Channel, face: T) -> None:
         self.endpoint = endpoint
         self.channel = channel
+        self.get_state = channel.get_state
         self.face = face
         self.calls = 0
         self.adopts = False
+        self.lessons = LESSONS
         self.closed = False
         self.was_ready = False
-        self._retired = False  # no longer the current one
+        self.retired = False
         self._settling: asyncio.Task[None] | None = None
 
     @property
@@ -140,20 +145,30 @@ class AioLinks(Generic[T]):
     def take_ready(self, endpoint: str) -> AioLink[T] | None:
         """Lend the link to an endpoint for one call if it is connected; else None."""
         link = self._current.get(endpoint)
-        if link is None or link.channel.get_state() is not READY:
+        if link is None or link.get_state() is not READY:
             return None
         link.was_ready = True
         link.calls += 1
         return link
 
     def take(self, endpoint: str) -> AioLink[T]:
-        """Lend the link to an endpoint for one call; it may have to `connect` first."""
+        """Lend the link to an endpoint for one call; it may have to `connect` first.
+
+        Raises:
+            RuntimeError: The links are closed.
+        """
         link = self.renew(endpoint)
         link.calls += 1
         return link
 
     def renew(self, endpoint: str) -> AioLink[T]:
-        """Return the current link to an endpoint, a fresh one if there is none or it is spent."""
+        """Return the current link to an endpoint, a fresh one if there is none or it is spent.
+
+        Raises:
+            RuntimeError: The links are closed.
+        """
+        if self.closed:
+            raise RuntimeError("the links are closed")
         link = self._current.get(endpoint)
         if link is not None:
             if not link.spent:
@@ -172,7 +187,7 @@ class AioLinks(Generic[T]):
             failed: Whether the call did not end well: then its connection is looked at.
         """
         link.calls -= 1
-        if link._retired:
+        if link.retired:
             if not link.calls:
                 self._close_soon(link)
         elif failed and link.spent:
@@ -185,7 +200,7 @@ class AioLinks(Generic[T]):
         self._open.clear()
         self._current.clear()
         for link in links:
-            link._retired = True
+            link.retired = True
             await link.close()
         if self._closing:
             await asyncio.wait(self._closing)
@@ -219,7 +234,7 @@ class AioLinks(Generic[T]):
         """No new call goes out on it."""
         if self._current.get(link.endpoint) is link:
             del self._current[link.endpoint]
-        link._retired = True
+        link.retired = True
         if not link.calls:
             self._close_soon(link)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -26,7 +26,21 @@ ENDED = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SH
 # A fresh channel must not inherit the back-off of an earlier one from gRPC's shared pool.
 OPTIONS: dict[str, Any] = {"grpc.use_local_subchannel_pool": 1}
 
+LESSONS = 16
+"""Responses without the key that tells of adopting nodes, after which no more are looked at."""
+
 Options = Sequence[tuple[str, Any]]
+
+
+def token_in(metadata: Iterable[Any] | None) -> str | None:
+    """Return the lease token in the metadata of a request, None if there is none.
+
+    If there are several, the first: our channels put theirs before what interceptors add.
+    """
+    for key, value in metadata or ():
+        if key == LEASE_KEY:
+            return value if isinstance(value, str) else value.decode("ascii", "replace")
+    return None
 
 
 def without_retries(options: Options) -> Options:

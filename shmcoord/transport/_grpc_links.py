@@ -13,12 +13,10 @@ from typing import Any
 
 import grpc
 
-from shmcoord.transport._grpc_common import ENDED, OPTIONS, READY, Options
+from shmcoord.transport._grpc_common import ENDED, LESSONS, OPTIONS, READY, Options
 
 __all__ = ["Link", "LinkPool"]
 
-# Responses without the key that tells of adopting nodes, after which a link is not asked any more.
-_LESSONS = 16
 # gRPC's thread that watches a channel's state sees after 0.2 s that nobody is subscribed.
 _WATCH_ENDS_S = 0.3
 
@@ -73,7 +71,7 @@ class Link:
         self.spent = False
         self.state = grpc.ChannelConnectivity.IDLE
         self.adopts = False
-        self.lessons = _LESSONS
+        self.lessons = LESSONS
         self.methods: dict[int, Any] = {}
         self._channel = channel
         self._on_change = on_change
@@ -210,10 +208,10 @@ class LinkPool:
     def give_back(self, link: Link) -> None:
         """Take the link back after a call, and close it if its connection has ended."""
         link.users.pop()
-        if link.spent and not link.users:
-            self._retire(link)
+        if link.spent:
+            self.retire(link)
 
-    def _retire(self, link: Link) -> None:
+    def retire(self, link: Link) -> None:
         """Close a link whose connection has ended, unless somebody still uses it."""
         with self._lock:
             if link.users or link not in self._open:
@@ -284,8 +282,7 @@ class LinkPool:
             self.failed = False
         elif link.spent:
             self.failed = link.state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
-            if not link.users:
-                self._retire(link)
+            self.retire(link)
         self.on_change()
 
 

@@ -46,6 +46,7 @@ from shmcoord.transport._grpc_common import (
     REFUSED,
     AioGrpcConnectionLost,
     GrpcConnectionLost,
+    token_in,
 )
 from shmcoord.transport._grpc_threads import GrpcTransport
 
@@ -68,10 +69,7 @@ def lease_token(context: Any) -> str | None:
     Args:
         context: The servicer context of the request, of a threaded server or of grpc.aio.
     """
-    for key, value in context.invocation_metadata() or ():
-        if key == LEASE_KEY:
-            return value if isinstance(value, str) else value.decode("ascii", "replace")
-    return None
+    return token_in(context.invocation_metadata())
 
 
 def refuse_lost_lease(context: grpc.ServicerContext) -> NoReturn:
