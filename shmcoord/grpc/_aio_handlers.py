@@ -25,6 +25,7 @@ from shmcoord.grpc._faults import is_fault
 from shmcoord.grpc._membership import Membership, Refused, note_span
 from shmcoord.grpc._refusal import refusal
 from shmcoord.node import Request
+from shmcoord.transport._grpc_common import token_in
 from shmcoord.transport.grpc import lease_token
 
 __all__ = ["AioHandlers", "AioInterceptor"]
@@ -169,15 +170,15 @@ class AioHandlers:
         return serve
 
     def _begin(self, own: AioContext, counts: bool) -> _Call:
-        """Adopt or begin, if it counts.
+        """Adopt the lease that came, or begin without, if it counts.
 
         Raises:
             Refused: Say it to the client.
         """
         membership = self._membership
         request = None
-        if counts:
-            token = lease_token(own)
+        token = lease_token(own)
+        if token is not None or counts:
             if token is None and membership.draining:
                 raise Refused(membership.refusal())
             request = membership.take(token)
@@ -220,15 +221,19 @@ class AioInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: Any
     ) -> Any:
-        """Wrap the handler, unless it is infrastructure (health, reflection, reports)."""
+        """Wrap the handler, unless it is infrastructure (health, reflection, reports) without lease."""
         handler = await continuation(details)
         method = details.method
-        if handler is None or is_infrastructure(method):
+        if handler is None:
+            return None
+        infrastructure = is_infrastructure(method)
+        if infrastructure and token_in(details.invocation_metadata) is None:
             return handler
         kept = self._wrapped.get(method)
         if kept is not None and kept[0] is handler:
             return kept[1]
-        wrapped = self._handlers.wrap(handler, self._handlers.counts(method))
+        counts = not infrastructure and self._handlers.counts(method)
+        wrapped = self._handlers.wrap(handler, counts)
         if len(self._wrapped) < _KEPT or kept is not None:
             self._wrapped[method] = (handler, wrapped)
         return wrapped

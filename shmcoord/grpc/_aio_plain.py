@@ -33,9 +33,8 @@ class PlainHandlers:
         self.open: set[int] = set()
 
     def arrive(self, context: Any, counts: bool) -> Arrival:
-        """A request that a thread shall begin; `counts`: whether it is load."""
-        token = lease_token(context) if counts else None
-        arrival = Arrival(self.membership, token, aside=not counts)
+        """A request that a thread shall begin; `counts`: whether it is load without a lease, too."""
+        arrival = Arrival(self.membership, lease_token(context), aside=not counts)
         arrival.wait()
         return arrival
 
