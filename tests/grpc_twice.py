@@ -40,6 +40,7 @@ class Pair:
         self.executed: list[str] = []
         self.tokens: list[str | None] = []  # of what was executed
         self._behavior = behavior
+        self._outside = options.pop("outside", [])  # interceptors outside of the plug's
         self._loop = LoopThread()
         self._ends = contextlib.ExitStack()
         self._ends.callback(self._loop.close)
@@ -95,7 +96,7 @@ class Pair:
         server = grpc.server(
             plug.executor(ThreadPoolExecutor(2)),
             handlers=[*plug.handlers, *services],
-            interceptors=[plug.interceptor],
+            interceptors=[*self._outside, plug.interceptor],
         )
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
@@ -115,7 +116,8 @@ class Pair:
                 return server.stop
             plug = shmcoord.grpc.aio.instrument(**place)
             real = grpc.aio.server(
-                handlers=[*plug.handlers, *services], interceptors=[plug.interceptor]
+                handlers=[*plug.handlers, *services],
+                interceptors=[*self._outside, plug.interceptor],
             )
             port = real.add_insecure_port("127.0.0.1:0")
             await real.start()
@@ -135,7 +137,6 @@ class Pair:
         kind: str,
         names: Sequence[str],
         *,
-        stream: bool = False,
         blocking: bool = False,
         **options: Any,
     ) -> list[str]:
@@ -145,7 +146,7 @@ class Pair:
         """
         options = {"group": "GREEN", **options}
         if kind == "aio":
-            return self._loop.run(self._call_aio(names, stream, options))
+            return self._loop.run(self._call_aio(names, options))
         codes = []
         with shmcoord.grpc.channel(self.segment, **options) as channel:
             for _ in range(6):  # a call that is under way makes the next one go to the other
@@ -154,7 +155,7 @@ class Pair:
                     call.result()
             for name in names:
                 try:
-                    if stream:
+                    if name.endswith("Each"):
                         list(channel.unary_stream(name)(b"x", timeout=TIMEOUT_S))
                     elif blocking:
                         channel.unary_unary(name)(b"x", timeout=TIMEOUT_S)
@@ -165,9 +166,7 @@ class Pair:
                     codes.append(error.code().name)
         return codes
 
-    async def _call_aio(
-        self, names: Sequence[str], stream: bool, options: dict[str, Any]
-    ) -> list[str]:
+    async def _call_aio(self, names: Sequence[str], options: dict[str, Any]) -> list[str]:
         codes = []
         async with shmcoord.grpc.aio.channel(self.segment, **options) as channel:
             for _ in range(6):
@@ -175,7 +174,7 @@ class Pair:
                 await asyncio.gather(*calls)
             for name in names:
                 try:
-                    if stream:
+                    if name.endswith("Each"):
                         async for _ in channel.unary_stream(name)(b"x", timeout=TIMEOUT_S):
                             pass
                     else:

@@ -221,7 +221,7 @@ class AioInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: Any
     ) -> Any:
-        """Wrap the handler, unless it is infrastructure (health, reflection, reports) without lease."""
+        """Wrap the handler; not that of infrastructure (health, reports) without a lease."""
         handler = await continuation(details)
         method = details.method
         if handler is None:

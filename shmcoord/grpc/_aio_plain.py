@@ -33,7 +33,7 @@ class PlainHandlers:
         self.open: set[int] = set()
 
     def arrive(self, context: Any, counts: bool) -> Arrival:
-        """A request that a thread shall begin; `counts`: whether it is load without a lease, too."""
+        """A request that a thread shall begin; `counts`: whether it is load without a lease."""
         arrival = Arrival(self.membership, lease_token(context), aside=not counts)
         arrival.wait()
         return arrival

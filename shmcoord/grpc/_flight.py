@@ -31,6 +31,7 @@ from shmcoord.grpc._bare import CANCELLED, BareStream
 from shmcoord.grpc._common import LEASE_KEY, served_by
 from shmcoord.grpc._core import ChannelClosed, Core, Method
 from shmcoord.grpc._learning import learn
+from shmcoord.grpc._once import Leg, proves
 from shmcoord.grpc._outcome import outcome
 from shmcoord.grpc._refusal import Refusal
 from shmcoord.grpc._search import Search
@@ -58,11 +59,12 @@ class NoRealCall(Exception):
 class Hold:
     """The lease and the link of one real call; given back once, by whoever comes first."""
 
-    __slots__ = ("_lease", "link")
+    __slots__ = ("_lease", "leg", "link")
 
     def __init__(self, lease: Lease, link: Link) -> None:
         self._lease = [lease]
         self.link = link
+        self.leg: Leg | None = None
 
     def take(self) -> Lease | None:
         """Return the lease, to the first who asks."""
@@ -162,10 +164,13 @@ class Flight:
             self._untold = lease.node
             call = link.method(self._method.key, self._method.make)
             is_future = self._method.kind.endswith("_unary")
+            token = lease.token
+            if core.legs is not None:
+                hold.leg = core.legs.begin(token)
             real = (call.future if is_future else call)(
                 request,
                 left_s,
-                ((LEASE_KEY, lease.token), *self._ask.metadata),
+                ((LEASE_KEY, token), *self._ask.metadata),
                 credentials,
                 False if wait else wait,  # never for this node
                 compression,
@@ -274,7 +279,9 @@ class Flight:
                 and self._method.kind.startswith("unary_")
             ):
                 try:
-                    again = self._searching().leave(lease, failure, hold.link.adopts)
+                    again = self._searching().leave(
+                        lease, failure, hold.link.adopts, proves(hold.leg)
+                    )
                 except (NoneReachable, ShmcoordError) as reason:
                     error = reason
                 if again or error is not None:
