@@ -13,6 +13,7 @@ import grpc.aio
 from grpc_worlds import LoopThread
 
 import shmcoord.grpc
+from shmcoord.node import Node
 
 SERVICE = "test.Twice"
 HEALTH = "grpc.test.Twice"
@@ -35,7 +36,9 @@ class Pair:
     the loop, and may return an awaitable there (`abort` of a context on a loop is one).
     """
 
-    def __init__(self, segment: str, servers: str, behavior: Behavior, **options: Any) -> None:
+    def __init__(
+        self, segment: str, servers: str | None, behavior: Behavior, **options: Any
+    ) -> None:
         self.segment = segment
         self.executed: list[str] = []
         self.tokens: list[str | None] = []  # of what was executed
@@ -44,7 +47,9 @@ class Pair:
         self._loop = LoopThread()
         self._ends = contextlib.ExitStack()
         self._ends.callback(self._loop.close)
-        for node in "AB":
+        self.endpoints: dict[str, str] = {}
+        self.nodes: dict[str, Node] = {}
+        for node in "AB" if servers else "":
             begin = self._begin_threads if servers in ("threads", "plug") else self._begin_aio
             begin(node, servers, options)
 
@@ -88,8 +93,10 @@ class Pair:
         services = self._services(node, False)
         if servers == "threads":
             server = shmcoord.grpc.server(2, handlers=services, **place)
-            server.add_insecure_port("127.0.0.1:0")
+            port = server.add_insecure_port("127.0.0.1:0")
+            self.endpoints[node] = f"127.0.0.1:{port}"
             server.start()
+            self.nodes[node] = server.node
             self._ends.callback(lambda: server.stop(None).wait(10))
             return
         plug = shmcoord.grpc.instrument(**place)
@@ -100,7 +107,9 @@ class Pair:
         )
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
-        plug.start(f"127.0.0.1:{port}")
+        self.endpoints[node] = f"127.0.0.1:{port}"
+        plug.start(self.endpoints[node])
+        self.nodes[node] = plug.node
         self._ends.callback(plug.stop)
         self._ends.callback(lambda: server.stop(None).wait(10))
 
@@ -111,8 +120,10 @@ class Pair:
         async def begin() -> Any:
             if servers != "aio plug":
                 server = shmcoord.grpc.aio.server(handlers=services, **place)
-                server.add_insecure_port("127.0.0.1:0")
+                port = server.add_insecure_port("127.0.0.1:0")
+                self.endpoints[node] = f"127.0.0.1:{port}"
                 await server.start()
+                self.nodes[node] = server.node
                 return server.stop
             plug = shmcoord.grpc.aio.instrument(**place)
             real = grpc.aio.server(
@@ -121,7 +132,9 @@ class Pair:
             )
             port = real.add_insecure_port("127.0.0.1:0")
             await real.start()
-            plug.start(f"127.0.0.1:{port}")
+            self.endpoints[node] = f"127.0.0.1:{port}"
+            plug.start(self.endpoints[node])
+            self.nodes[node] = plug.node
 
             async def stop(grace: float | None) -> None:
                 await real.stop(grace)
@@ -138,6 +151,7 @@ class Pair:
         names: Sequence[str],
         *,
         blocking: bool = False,
+        learn: bool = True,
         **options: Any,
     ) -> list[str]:
         """Learn both nodes, then call the methods; the codes of these ("OK" where it went well).
@@ -146,10 +160,11 @@ class Pair:
         """
         options = {"group": "GREEN", **options}
         if kind == "aio":
-            return self._loop.run(self._call_aio(names, options))
+            return self._loop.run(self._call_aio(names, learn, options))
         codes = []
         with shmcoord.grpc.channel(self.segment, **options) as channel:
-            for _ in range(6):  # a call that is under way makes the next one go to the other
+            # A call that is under way makes the next one go to the other.
+            for _ in range(6 if learn else 0):
                 calls = [channel.unary_unary(method("Ok")).future(b"x", TIMEOUT_S) for _ in "AB"]
                 for call in calls:
                     call.result()
@@ -166,10 +181,12 @@ class Pair:
                     codes.append(error.code().name)
         return codes
 
-    async def _call_aio(self, names: Sequence[str], options: dict[str, Any]) -> list[str]:
+    async def _call_aio(
+        self, names: Sequence[str], learn: bool, options: dict[str, Any]
+    ) -> list[str]:
         codes = []
         async with shmcoord.grpc.aio.channel(self.segment, **options) as channel:
-            for _ in range(6):
+            for _ in range(6 if learn else 0):
                 calls = [channel.unary_unary(method("Ok"))(b"x", timeout=TIMEOUT_S) for _ in "AB"]
                 await asyncio.gather(*calls)
             for name in names:

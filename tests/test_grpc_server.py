@@ -292,7 +292,7 @@ def test_a_lost_lease_is_refused_before_anything_is_done(start: Start, segment: 
         with pytest.raises(grpc.RpcError) as caught:
             call(b"lost", metadata=metadata(lease.token))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert trailing(caught.value)[LEASE_LOST_KEY] == "1"
+    assert trailing(caught.value)[LEASE_LOST_KEY] == lease.token
     assert trailing(caught.value)[NODE_KEY] == "B"
     with pytest.raises(grpc.RpcError) as caught:
         call(b"nonsense", metadata=metadata("nonsense"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -11,8 +12,20 @@ from typing import Any, NamedTuple
 import grpc
 import grpc.aio
 import pytest
-from grpc_twice import CHANNELS, HEALTH, SERVERS, SERVICE, Pair, method, unavailable
+from grpc_twice import (
+    CHANNELS,
+    HEALTH,
+    SERVERS,
+    SERVICE,
+    TIMEOUT_S,
+    Pair,
+    method,
+    unavailable,
+)
 from grpc_worlds import FULL
+
+from shmcoord import Segment
+from shmcoord.grpc._common import LEASE_LOST_KEY, NODE_KEY
 
 Make = Callable[..., Pair]
 
@@ -244,3 +257,137 @@ class AioFailing(grpc.aio.ServerInterceptor):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "not begun")
 
         return grpc.unary_unary_rpc_method_handler(fail)
+
+
+# --- what a handler says
+
+
+def forwarding(value: str | None, how: str) -> Callable[[Pair, Any], Any]:
+    """A gateway that copies a refusal; `value` None: the very lease of the request."""
+
+    def behave(nodes: Pair, context: Any) -> Any:
+        token = nodes.tokens[-1]
+        copied = (
+            (LEASE_LOST_KEY, token if value is None else value),
+            (NODE_KEY, "Z"),
+            ("mine", "kept"),
+        )
+        code = grpc.StatusCode.FAILED_PRECONDITION
+        if how == "set":
+            context.set_trailing_metadata(copied)
+            context.set_code(code)
+            return b""
+        if how == "abort":
+            context.set_trailing_metadata(copied)
+            return context.abort(code, "copied")
+        return context.abort_with_status(Status(code, "copied", copied))
+
+    return behave
+
+
+class Status(NamedTuple):
+    code: Any
+    details: str
+    trailing_metadata: Any
+
+
+@pytest.mark.parametrize(("how", "value"), [("set", None), ("abort", "1"), ("status", None)])
+@channels
+@servers
+def test_a_handler_cannot_say_that_nothing_was_done(
+    pair: Make, kind: str, channel: str, value: str | None, how: str
+) -> None:
+    nodes = pair(kind, forwarding(value, how))
+    names = [method("Do"), method("Each")]
+    assert nodes.call(channel, names, blocking=True) == ["FAILED_PRECONDITION"] * 2
+    assert len(nodes.executed) == 2
+    with grpc.insecure_channel(nodes.endpoints["A"]) as plain:
+        call = plain.unary_unary(names[0]).future(b"x", timeout=TIMEOUT_S)
+        assert call.code() is grpc.StatusCode.FAILED_PRECONDITION
+        found = call.trailing_metadata()
+    assert ("mine", "kept") in [tuple(pair) for pair in found]
+    assert [value for key, value in found if key.startswith("shmcoord-")] == ["A"]
+
+
+@channels
+@pytest.mark.parametrize("code", [grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVAILABLE])
+def test_what_a_foreign_server_copies_proves_nothing(
+    new_name: Callable[[], str], channel: str, code: grpc.StatusCode
+) -> None:
+    """A server without us, which adopts nothing, and says what another hop said."""
+    executed = []
+
+    def echo(request: bytes, context: Any) -> bytes:
+        context.set_trailing_metadata(((NODE_KEY, "Z"),))
+        return request
+
+    def do(request: bytes, context: Any) -> bytes:
+        executed.append(request)
+        context.set_trailing_metadata(((LEASE_LOST_KEY, "1-2-3-4-5-6"), (NODE_KEY, "Z")))
+        context.abort(code, "copied")
+        return b""
+
+    name = new_name()
+    server = grpc.server(ThreadPoolExecutor(2))
+    handlers = {
+        "Do": grpc.unary_unary_rpc_method_handler(do),
+        "Ok": grpc.unary_unary_rpc_method_handler(echo),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    nodes = Pair(name, None, unavailable)
+    try:
+        with (
+            Segment.open(name) as segment,
+            segment.join("A", group="GREEN", endpoint=endpoint),
+            segment.join("B", group="GREEN", endpoint=endpoint),
+        ):
+            assert nodes.call(channel, [method("Do")]) == [code.name]
+    finally:
+        nodes.close()
+        server.stop(None).wait(10)
+    assert len(executed) == 1
+
+
+@channels
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_refusal_of_ours_leads_to_the_other_node(pair: Make, kind: str, channel: str) -> None:
+    nodes = pair(kind, lambda nodes, context: b"done")
+    refused = []
+
+    def lose(decision: Any, lease: Any) -> None:
+        if not refused and lease.node == "A":
+            refused.append(lease.token)
+            nodes.nodes["A"].adopt(lease.token).end()  # as if it had come before
+
+    names = [method("Do")] * 4
+    codes = nodes.call(channel, names, on_decision=lose, blocking=True)
+    assert codes == ["OK"] * 4
+    assert refused
+    assert len(nodes.executed) == 4
+
+
+@channels
+@some_servers
+def test_retries_of_grpc_itself_are_served(pair: Make, kind: str, channel: str) -> None:
+    """By a service config, with the lease of the first attempt: they stay on the node."""
+
+    def fail_once(nodes: Pair, context: Any) -> Any:
+        if len(nodes.executed) < 2:
+            return context.abort(grpc.StatusCode.UNAVAILABLE, "once")
+        return b"done"
+
+    policy = {
+        "maxAttempts": 2,
+        "initialBackoff": "0.01s",
+        "maxBackoff": "0.01s",
+        "backoffMultiplier": 1,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    config = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": policy}]})
+    nodes = pair(kind, fail_once)
+    codes = nodes.call(channel, [method("Do")], options=[("grpc.service_config", config)])
+    assert codes == ["OK"]
+    assert len(nodes.executed) == 2
+    assert len(set(nodes.executed)) == 1

@@ -368,7 +368,7 @@ class RoutedCall:
             return
         code = code_of(real)
         if link.lessons:
-            learn(link, real, code is _OK)
+            learn(link, real, code is _OK, lease.node)
         try:
             if code in _MAY_MOVE and not self._committed and self._moves(real, lease, link, code):
                 return
@@ -388,7 +388,7 @@ class RoutedCall:
         assert link is not None
         assert lease is not None
         if link.lessons:
-            learn(link, self._real, succeeded=True)
+            learn(link, self._real, True, lease.node)
         lease.release()
         if link.retired or self._late or self._callbacks:
             self._routes.links.give_back(link, failed=False)
@@ -411,7 +411,7 @@ class RoutedCall:
         code: grpc.StatusCode,
     ) -> bool:
         """Send the request elsewhere if the rules allow it; else the leg's end is the call's."""
-        judged = judge(error_of(real, code))
+        judged = judge(error_of(real, code), lambda: lease.token)
         if not isinstance(judged, (LeaseLost, ConnectionLost)):
             return False
         course = self._course

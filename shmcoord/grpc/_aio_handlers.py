@@ -131,7 +131,7 @@ class AioHandlers:
             try:
                 call = self._begin(own, counts)
             except Refused as refused:
-                await own.abort(*refused.refusal)
+                await own.refuse(refused.refusal)
                 raise
             try:
                 response = await behavior(request, own)
@@ -152,7 +152,7 @@ class AioHandlers:
             try:
                 call = self._begin(own, counts)
             except Refused as refused:
-                await own.abort(*refused.refusal)
+                await own.refuse(refused.refusal)
                 raise
             responses = behavior(request, own)
             try:
@@ -181,7 +181,7 @@ class AioHandlers:
         if token is not None or counts:
             if token is None and membership.draining:
                 raise Refused(membership.refusal())
-            request = membership.take(token)
+            request = membership.take(token, own)
         call = _Call(request, self._open)
         own.add_done_callback(call.told)
         served_by.set(membership.place.node)

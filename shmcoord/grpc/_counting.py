@@ -71,8 +71,11 @@ class Arrival:
             self.waits = True
             self.membership.waiting.add(id(self))
 
-    def begin(self) -> None:
+    def begin(self, context: Any) -> None:
         """Adopt its lease, or begin a request without, if it counts; it then waits no longer.
+
+        Args:
+            context: Of the request.
 
         Raises:
             Refused: Say it to the client.
@@ -80,7 +83,7 @@ class Arrival:
         if self.refused:
             raise Refused(self.membership.refusal())
         if self.token is not None or not self.aside:
-            self.request = self.membership.take(self.token)
+            self.request = self.membership.take(self.token, context)
         if self.waits:
             self.waits = False
             self.membership.waiting.discard(id(self))

@@ -268,7 +268,7 @@ class Flight:
         lease = hold.take()
         if lease is None:
             return
-        failure = _failure(real)
+        failure = _failure(real, lease)
         again = False
         error: Exception | None = None
         with self.changed:
@@ -291,7 +291,7 @@ class Flight:
                     lease.release()
         if failure is None:
             if hold.link.lessons:
-                learn(hold.link, real)
+                learn(hold.link, real, lease.node)
             if self._search is None:
                 self._core.earn()
         self._core.pool.give_back(hold.link)
@@ -460,15 +460,15 @@ class Flight:
             return self.real is not real
 
 
-def _failure(real: Any) -> Exception | None:
+def _failure(real: Any, lease: Lease) -> Exception | None:
     """How a real call that is over failed, as the rules of sending see it; None if it did not."""
     code = getattr(real, "code", None)
     if code is None:  # some interceptor's own future
         error = None if real.cancelled() else real.exception()
-        return judge(error) if isinstance(error, grpc.RpcError) else error
+        return judge(error, lambda: lease.token) if isinstance(error, grpc.RpcError) else error
     if code() in (grpc.StatusCode.OK, None):
         return None
-    return judge(real)
+    return judge(real, lambda: lease.token)
 
 
 def _refusal(error: BaseException, core: Core) -> Refusal:

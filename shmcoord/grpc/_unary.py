@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from sys import modules
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["RoutedStreamUnary", "RoutedUnaryUnary"]
 
 _monotonic = time.monotonic
+
+
+def _token_of(lease: Lease) -> str:
+    token: str = lease.token
+    return token
 
 
 class _Blocking:
@@ -104,7 +110,7 @@ class _Blocking:
                                 request, left_s, keys, credentials, inner_wait, compression
                             )
                             if link.lessons:
-                                learn(link, response[1])
+                                learn(link, response[1], lease.node)
                             if not with_call:
                                 response = response[0]
                         else:
@@ -196,7 +202,7 @@ class _Blocking:
                         compression,
                     )
                     if link.lessons:
-                        learn(link, result[1])
+                        learn(link, result[1], lease.node)
                 except BaseException as reason:
                     error = None
                     if link is not None:
@@ -207,7 +213,9 @@ class _Blocking:
                         raise
                     if search is None:
                         search = Search(core, method.name, ask, began, timeout, wait_for_ready)
-                    judged = judge(reason) if isinstance(reason, grpc.RpcError) else reason
+                    judged: BaseException = reason
+                    if isinstance(reason, grpc.RpcError):
+                        judged = judge(reason, partial(_token_of, lease))
                     adopts = link is not None and link.adopts
                     if not search.leave(lease, judged, adopts, proves(leg)):
                         theirs = sending
