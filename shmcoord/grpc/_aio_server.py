@@ -62,6 +62,7 @@ class AioServer(Serving, grpc.aio.Server):
         try:
             self._plug.start(endpoint)
         except BaseException:
+            self._plug.stop()  # who has come already waits for the join no longer
             await self._hang_up()
             raise
 

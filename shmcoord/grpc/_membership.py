@@ -104,6 +104,11 @@ class Membership:
         return self._node is not None and not self._left
 
     @property
+    def left(self) -> bool:
+        """Whether it has left, or was told to before it joined."""
+        return self._left
+
+    @property
     def reporter(self) -> LoadReporter | None:
         """Its load reports, once it has joined."""
         return self._reporter
@@ -116,7 +121,8 @@ class Membership:
         """Join the segment.
 
         Raises:
-            ShmcoordError: As `Segment.open` and `Segment.join`: `NodeExists` and others.
+            ShmcoordError: As `Segment.open` and `Segment.join`: `NodeExists` and others. All is
+                as before then.
         """
         place = self.place
         segment = place.segment
@@ -134,7 +140,9 @@ class Membership:
                 slow_start_s=place.slow_start_s,
             )
         except BaseException:
-            self.leave()
+            opened, self._segment = self._segment, None
+            if opened is not None:
+                opened.close()
             raise
         self._pid = os.getpid()
         self._reporter = LoadReporter(segment, node)

@@ -64,6 +64,7 @@ class Server(Serving, grpc.Server):
             try:
                 self._plug.start(endpoint)
             except BaseException:
+                self._plug.stop()  # who has come already waits for the join no longer
                 self._hang_up()
                 self._stopped.set()
                 raise
