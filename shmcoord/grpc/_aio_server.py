@@ -116,9 +116,13 @@ class AioServer(Serving, grpc.aio.Server):
     async def _hang_up(self) -> None:
         """End every connection, then the server; leave the segment."""
         try:
-            for sleep_s in hang_up(self._endpoints):
-                await asyncio.sleep(sleep_s)
-            await self._real.stop(None)
+            try:
+                for sleep_s in hang_up(self._listeners):
+                    await asyncio.sleep(sleep_s)
+            except Exception:  # noqa: BLE001 - whatever went wrong, the server stops
+                _log.exception("node %s could not end its connections", self._plug.name)
+            finally:
+                await self._real.stop(None)
         finally:
             self._plug.stop()
             if self._own_pool is not None:

@@ -127,8 +127,11 @@ class Server(Serving, grpc.Server):
     def _hang_up(self) -> None:
         """End every connection, then the server; leave the segment."""
         try:
-            for sleep_s in hang_up(self._endpoints):
+            for sleep_s in hang_up(self._listeners):
                 time.sleep(sleep_s)
+        except Exception:  # noqa: BLE001 - whatever went wrong, the server stops
+            _log.exception("node %s could not end its connections", self._plug.name)
+        try:
             self._real.stop(None).wait()
         finally:
             self._plug.stop()
