@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from shmcoord.errors import LeaseLost, NoBackend, Saturated
 from shmcoord.transport import ConnectionLost, Unreachable
@@ -35,6 +35,7 @@ __all__ = [
 # How long a call without a time-out waits for capacity, in seconds.
 _LONGEST_WAIT_S = 3600.0
 
+L = TypeVar("L", bound="Lease | None")
 OnDecision = Callable[["Decision", "Lease"], None]
 """Is told what a router decided, and the lease, before each sending."""
 
@@ -70,12 +71,12 @@ def send_rules(
     return SendRules(router, adopts, frozenset(idempotent), budget, hedge_after_s)
 
 
-def telling(acquire: Callable[..., Lease], on_decision: OnDecision | None) -> Callable[..., Lease]:
-    """Return a `Router.acquire` that tells each decision, if somebody wants to hear it."""
+def telling(acquire: Callable[..., L], on_decision: OnDecision | None) -> Callable[..., L]:
+    """Return a `Router.acquire` or `try_acquire` that tells each decision, if somebody listens."""
     if on_decision is None:
         return acquire
 
-    def acquire_and_tell(*args: Any, **options: Any) -> Lease:
+    def acquire_and_tell(*args: Any, **options: Any) -> L:
         return _told(acquire(*args, explain=True, **options), on_decision)
 
     return acquire_and_tell
@@ -94,8 +95,8 @@ def telling_async(
     return acquire_and_tell
 
 
-def _told(lease: Lease, on_decision: OnDecision) -> Lease:
-    if lease.decision is not None:
+def _told(lease: L, on_decision: OnDecision) -> L:
+    if lease is not None and lease.decision is not None:
         try:
             on_decision(lease.decision, lease)
         except BaseException:

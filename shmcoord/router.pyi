@@ -43,6 +43,15 @@ class Router(Groups):
         idle_only: bool = False,
         waits: Waits | None = None,
     ) -> Lease: ...
+    def try_acquire(
+        self,
+        group: str,
+        cost: int = 1,
+        *,
+        key: _Key | None = None,
+        explain: bool = False,
+        exclude: Collection[Backend] = (),
+    ) -> Lease | None: ...
     async def acquire_async(
         self,
         group: str,

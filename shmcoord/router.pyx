@@ -129,6 +129,17 @@ cdef class Router(Groups):
                 return lease
         return self._wait(ask, wait_s, waits)
 
+    def try_acquire(self, group, cost=1, *, key=None, explain=False, exclude=()):
+        """`acquire` for who would wait, but not here: None where he would have to.
+
+        It goes behind those who wait already as `acquire` with a `timeout_s` does; without one that
+        overtakes the callers of other routers.
+        """
+        cdef Ask ask = self._ask(group, cost, key, explain, exclude, False)
+        if self._is_behind(ask, True):
+            return None
+        return self._attempt(ask)
+
     cdef Lease _wait(self, Ask ask, double timeout_s, waits):
         """Stand in the queue, on a thread."""
         cdef Lease lease

@@ -403,6 +403,23 @@ async def test_a_newcomer_does_not_overtake(name, node, router):
     settled(name)
 
 
+async def test_who_does_not_want_to_wait_here_overtakes_nobody(name, node, router):
+    with router.try_acquire("GREEN") as lease:
+        assert lease.node == node.name
+        assert router.try_acquire("GREEN") is None, "it is full"
+    with pytest.raises(NoBackend):
+        router.try_acquire("PINK")
+    lease = router.acquire("GREEN")
+    waiting = asyncio.create_task(router.acquire_async("GREEN", timeout_s=5))
+    await asyncio.sleep(0.02)
+    lease.release()
+    # It is free now, and he who waits for it has not been woken yet.
+    assert router.try_acquire("GREEN") is None
+    (await waiting).release()
+    router.try_acquire("GREEN").release()
+    settled(name)
+
+
 def test_another_group_does_not_wait_behind(name, segment, node, router):
     with segment.join("P", group="PINK", endpoint="e", capacity=1, interval_s=3600):
         lease = router.acquire("GREEN")

@@ -171,13 +171,17 @@ class RoutedCall:
         """Begin a leg, at once if a node is free and connected; else have a task wait for it."""
         routes = self._routes
         cost, key, _ = self._ask
-        # Driven by hand up to its first wait, which mostly never comes. So who finds callers
-        # waiting queues behind them, and does it now, in the order of the calls.
-        asking = routes.acquire(routes.group, wait_s, cost, key=key, exclude=exclude)
+        lease: Lease | None = None
+        asking: Any = None
         try:
-            awaited = asking.send(None)
+            lease = routes.try_acquire(routes.group, cost, key=key, exclude=exclude)
+            if lease is None:
+                # Driven by hand up to its first wait: who has to wait queues now, in the order of
+                # the calls.
+                asking = routes.acquire(routes.group, wait_s, cost, key=key, exclude=exclude)
+                awaited = asking.send(None)
         except StopIteration as got:
-            lease: Lease = got.value
+            lease = got.value
         except (NoBackend, Saturated) as error:
             if self._patient and isinstance(error, NoBackend):
                 self._wait_in_task(None, None)
@@ -188,8 +192,10 @@ class RoutedCall:
             self._refuse(error)
             return
         else:
-            self._wait_in_task(None, _resume(asking, awaited))
-            return
+            if lease is None:
+                self._wait_in_task(None, _resume(asking, awaited))
+                return
+        assert lease is not None
         link = routes.links.take_ready(lease.endpoint)
         if link is None:
             self._wait_in_task(lease, None)
@@ -227,7 +233,8 @@ class RoutedCall:
         if self._late:
             self._wake()
         else:
-            served_by.set(node)
+            if served_by.get() != node:
+                served_by.set(node)
             if TRACE in sys.modules:
                 tell_span(node, self._routes.group)
         real.add_done_callback(self._weak_end() if self._is_weak else self._real_ended)

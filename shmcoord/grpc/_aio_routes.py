@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 
-from shmcoord.course import telling_async
+from shmcoord.course import telling, telling_async
 
 if TYPE_CHECKING:
     from shmcoord.course import OnDecision, SendRules
@@ -28,6 +28,7 @@ class Routes:
         router: Picks and reserves.
         group: Of which nodes.
         acquire: `router.acquire_async`, which tells its decision if somebody wants to hear it.
+        try_acquire: The same of `router.try_acquire`, for who finds a node free.
         earn: Counts a call for the retry budget.
         rules: For the `Course` of a call, which is made when one is needed: after
             `earn`.
@@ -43,7 +44,8 @@ class Routes:
 
     __slots__ = (
         *("acquire", "active", "bound", "closed", "connect_timeout_s", "earn", "group"),
-        *("idle_event", "legs", "links", "max_wait_s", "router", "rules", "waiting"),
+        *("idle_event", "legs", "links", "max_wait_s", "router", "rules", "try_acquire"),
+        "waiting",
     )
 
     def __init__(
@@ -60,6 +62,7 @@ class Routes:
         self.router = router
         self.legs = legs
         self.acquire = telling_async(router.acquire_async, on_decision)
+        self.try_acquire = telling(router.try_acquire, on_decision)
         self.earn = rules.budget.earn
         self.group = group
         self.rules = rules

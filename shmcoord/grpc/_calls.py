@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from shmcoord.errors import ForkedHandle, NoBackend, Saturated, ShmcoordError
+from shmcoord.errors import ForkedHandle, NoBackend, ShmcoordError
 from shmcoord.grpc._ask import PLAIN, ask_of
 from shmcoord.grpc._bare import CANCELLED
 from shmcoord.grpc._bases import CallFuture, StreamStream, UnaryStream
@@ -209,9 +209,7 @@ def begin(
     try:
         if timeout is not None and not timeout > 0.0:
             raise TimeoutError("there was no time for the call")
-        lease = core.acquire(core.group, 0.0, ask.cost, key=ask.key)
-    except Saturated:
-        flight.seek()
+        lease = core.try_acquire(core.group, ask.cost, key=ask.key)
     except ForkedHandle:
         raise
     except (ShmcoordError, TimeoutError) as error:
@@ -224,6 +222,9 @@ def begin(
             raise ValueError(CLOSED) from None
         raise
     else:
+        if lease is None:
+            flight.seek()
+            return RoutedCall(flight)
         try:
             link = core.pool.take(lease.endpoint)
         except BaseException as error:

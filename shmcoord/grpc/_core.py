@@ -96,6 +96,7 @@ class Core:
         self.legs = legs  # where interceptors may send other than they were told
         self.waits = Waits()  # of the calls that block
         self.acquire = telling(partial(router.acquire, waits=self.waits), on_decision)
+        self.try_acquire = telling(router.try_acquire, on_decision)
         self.acquire_async = telling_async(router.acquire_async, on_decision)
         self.group = group
         self.pool = pool

@@ -81,9 +81,11 @@ class _Blocking:
         lease = link = leg = None
         error: BaseException | None = None
         try:
-            lease = core.acquire(
-                core.group, core.max_wait_s if timeout is None else timeout, cost, key=key
-            )
+            lease = core.try_acquire(core.group, cost, key=key)
+            if lease is None:
+                lease = core.acquire(
+                    core.group, core.max_wait_s if timeout is None else timeout, cost, key=key
+                )
         except (NoBackend, Saturated) as reason:
             if timeout is None or timeout > 0.0:  # else there is no time, of which `_send` tells
                 error = reason
