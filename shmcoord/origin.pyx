@@ -100,8 +100,8 @@ cdef class Origin:
                 and slot_is_alive(m, slot)
             ):
                 word = load_relaxed_u64(&m.hot[slot].load)
-                # Generation, state and flags of the word; the slot in place of the numbers.
-                mark ^= shmc_mix((word & ~<uint64_t>0xFFFFFFFFFF) | (slot + 1))
+                # Generation and state of the word; the slot in place of the numbers.
+                mark ^= shmc_mix((word & ~<uint64_t>0xFFFFFFFFFFF) | (slot + 1))
         return mark
 
     def members(self):

@@ -1,0 +1,635 @@
+"""A segment of another host, as the bridge shows it on this one."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from helpers import Child, Raw, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shmcoord import (
+    Health,
+    LeaseLost,
+    NoBackend,
+    Node,
+    NodeExists,
+    Router,
+    Saturated,
+    Segment,
+    SegmentForbidden,
+    State,
+)
+from shmcoord.mirror import Mirror
+from shmcoord.origin import Member, Origin, host_id
+
+HERE, LEASES = host_id("h1"), 8
+SUSPECT_S = 5.0
+
+
+class Pair:
+    """A segment of another host, and its mirror on this one."""
+
+    def __init__(self, there: str, here: str) -> None:
+        self.there = Segment.open(there, slots=8, leases=LEASES)
+        self.here = Segment.open(here, slots=16, leases=LEASES)
+        self.origin = Origin(self.there)
+        self.mirror = Mirror(self.here, HERE, SUSPECT_S)
+
+    def join(self, name: str = "B", **options: Any) -> Node:
+        """A node there, shown here."""
+        node = self.there.join(name, **{"group": "G", "endpoint": f"e{name}", **options})
+        assert self.members() == []
+        self.tell()
+        return node
+
+    def members(self) -> list[tuple[Member, Exception]]:
+        """Tell who is there."""
+        return self.mirror.set_members(self.origin.incarnation, self.origin.members())
+
+    def tell(self, age_ns: int = 0) -> int:
+        """Tell all there is to say."""
+        return self.mirror.apply(self.origin.entries(full=True), age_ns)
+
+    def queue(self, name: str = "B") -> int:
+        """What is seen here."""
+        return self.here.status(name).queue
+
+    def close(self) -> None:
+        for closing in (self.mirror.leave, self.here.close, self.there.close):
+            closing()
+
+
+@pytest.fixture
+def pair(new_name: Callable[[], str]) -> Iterator[Pair]:
+    made = Pair(new_name(), new_name())
+    yield made
+    made.close()
+
+
+# --- what is shown
+
+
+def test_a_node_is_shown_as_it_is_there(pair: Pair) -> None:
+    node = pair.join(capacity=4, weight=2.0, gauges=("kv",), slow_start_s=1.0)
+    node.publish(kv=0.5)
+    node.waiting = 2
+    with node.request():
+        pass
+    with node.request():
+        assert pair.tell() == 0
+        seen, real = pair.here.status("B"), pair.there.status("B")
+    for field in (
+        *("node", "group", "endpoint", "state", "health", "queue", "waiting", "inflight"),
+        *("capacity", "weight", "served", "failed", "latency_s", "gauges", "memory_bytes"),
+    ):
+        assert getattr(seen, field) == getattr(real, field), field
+    assert seen.state is State.BUSY
+    assert abs(seen.uptime_s - real.uptime_s) < 0.5
+    node.busy = True
+    node.waiting = 0
+    pair.tell()
+    assert pair.here.status("B").state is State.BUSY
+    node.busy = False
+    pair.tell()
+    assert pair.here.status("B").state is State.IDLE
+
+
+@pytest.mark.parametrize(
+    ("change", "state"),
+    [(Node.drain, State.DRAINING), (Node.shutdown, State.SHUTDOWN)],
+    ids=["drain", "shutdown"],
+)
+def test_states_are_shown(pair: Pair, change: Callable[[Node], None], state: State) -> None:
+    node = pair.join()
+    with Router(pair.here) as router:
+        assert router.pick("G").node == "B"
+        change(node)
+        pair.tell()
+        assert pair.here.status("B").state is state
+        with pytest.raises(NoBackend):
+            router.pick("G")
+
+
+def test_age_is_the_age_of_the_news(pair: Pair) -> None:
+    node = pair.join()
+    pair.tell(age_ns=2_000_000_000)
+    assert 2.0 <= pair.here.status("B").heartbeat_age_s < 2.5
+    assert pair.here.status("B").health is Health.ALIVE
+    pair.tell(age_ns=int(SUSPECT_S * 1e9) + 100_000_000)
+    assert pair.here.status("B").health is Health.SUSPECT
+    pair.mirror.apply(b"", 0)  # a frame without any change is news as well
+    assert pair.here.status("B").health is Health.ALIVE
+    assert not node.left
+
+
+def test_no_news_make_suspect_and_nobody_else_moves_the_beat(new_name: Callable[[], str]) -> None:
+    pair = Pair(new_name(), new_name())
+    pair.mirror = Mirror(pair.here, HERE, 0.1)
+    node = pair.join(interval_s=0.02)
+    wait_until(lambda: pair.here.status("B").health is Health.SUSPECT)
+    assert pair.there.status("B").health is Health.ALIVE
+    assert not node.left
+    pair.close()
+
+
+def test_a_hint_makes_suspect_until_the_next_news(pair: Pair) -> None:
+    node = pair.join()
+    pair.mirror.suspect()
+    assert pair.here.status("B").health is Health.SUSPECT
+    pair.mirror.suspect()
+    assert pair.here.status("B").health is Health.SUSPECT
+    pair.tell()
+    assert pair.here.status("B").health is Health.ALIVE
+    assert not node.left
+
+
+def test_who_is_suspect_there_is_suspect_here(pair: Pair, spawn_node: Callable[..., Child]) -> None:
+    child = spawn_node(pair.there.name, "B", group="G", interval_s=0.02)
+    pair.members()
+    pair.tell()
+    assert pair.here.status("B").health is Health.ALIVE
+    child.stop()
+    wait_until(lambda: pair.tell() == 0 and pair.here.status("B").health is Health.SUSPECT)
+    pair.mirror.apply(b"", 0)  # fresh news, which say nothing else
+    assert pair.here.status("B").health is Health.SUSPECT
+    child.go_on()
+    wait_until(lambda: pair.tell() == 0 and pair.here.status("B").health is Health.ALIVE)
+
+
+# --- who is shown
+
+
+def test_members_come_and_go(pair: Pair) -> None:
+    b, c = pair.join("B"), pair.join("C")
+    assert set(pair.mirror.nodes) == {"B", "C"}
+    b.leave()
+    pair.members()
+    assert pair.mirror.nodes == ("C",)
+    assert [status.node for status in pair.here.snapshot()] == ["C"]
+    with pair.there.join("B", group="H", endpoint="other") as again:
+        assert pair.members() == []
+        assert pair.here.status("B").endpoint == "other"
+        assert not again.left
+    assert not c.left
+    pair.mirror.leave()
+    assert pair.here.snapshot() == ()
+    pair.mirror.leave()
+
+
+def test_another_incarnation_is_another_segment(pair: Pair) -> None:
+    node = pair.join()
+    before = pair.here.backend("B")
+    assert pair.mirror.incarnation == pair.origin.incarnation
+    members = pair.origin.members()
+    assert pair.mirror.set_members(pair.origin.incarnation ^ 1, members) == []
+    assert not before.alive
+    assert pair.here.backend("B").alive
+    with pytest.raises(ValueError, match="incarnation"):
+        pair.mirror.set_members(0, members)
+    assert not node.left
+
+
+def test_entries_of_nodes_that_are_not_shown_are_counted(pair: Pair) -> None:
+    node = pair.join()
+    other = pair.there.join("C", group="G", endpoint="e")
+    assert pair.tell() == 1
+    assert set(pair.mirror.nodes) == {"B"}
+    pair.members()
+    assert pair.tell() == 0
+    assert not node.left
+    assert not other.left
+
+
+def test_two_bridges_do_not_share_a_mirror(pair: Pair) -> None:
+    node = pair.join()
+    [(member, error)] = Mirror(pair.here, HERE, SUSPECT_S).set_members(
+        pair.origin.incarnation, pair.origin.members()
+    )
+    assert member.node == "B"
+    assert isinstance(error, NodeExists)
+    assert not node.left
+
+
+def test_nodes_of_this_host_and_mirrors_keep_apart(pair: Pair, name: str) -> None:
+    with pytest.raises(SegmentForbidden, match="mirrors a segment of another host"):
+        pair.here.join("mine", group="G", endpoint="e")
+    with (
+        Segment.open(name) as own,
+        own.join("mine", group="G", endpoint="e"),
+        pytest.raises(SegmentForbidden, match=r"nodes of this host \(mine"),
+    ):
+        Mirror(own, HERE, SUSPECT_S)
+
+
+@pytest.mark.parametrize("host", [0, 1 << 24, -1])
+def test_hosts_have_ids(pair: Pair, host: int) -> None:
+    with pytest.raises((ValueError, OverflowError)):
+        Mirror(pair.here, host, SUSPECT_S)
+
+
+def test_an_observer_keeps_no_mirror(pair: Pair) -> None:
+    with (
+        Segment.attach(pair.here.name) as observer,
+        pytest.raises(SegmentForbidden, match="read-only"),
+    ):
+        Mirror(observer, HERE, SUSPECT_S)
+
+
+# --- nonsense
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        b"1234567",
+        struct.pack("<9Q", *range(9)),
+        struct.pack("<10Q", 1 << 16, *[0] * 9),  # says a gauge, and has none
+        struct.pack("<10Q", 1 << 24, *[0] * 9),  # a share
+        struct.pack("<27Q", 17 << 16, *[0] * 26),  # more gauges than there can be
+    ],
+)
+def test_what_contradicts_itself_is_refused(pair: Pair, entries: bytes) -> None:
+    with pytest.raises(ValueError, match=r"number of words|cut off"):
+        pair.mirror.apply(entries, 0)
+
+
+def test_no_bytes_do_harm(new_name: Callable[[], str]) -> None:
+    """Whatever is applied: nobody crashes, a row has no more cells than it has, all come back."""
+    pair = Pair(new_name(), new_name())
+    node = pair.join(capacity=4)
+    [member] = pair.origin.members()
+    who = member.slot | member.generation << 32
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        st.lists(st.integers(0, 2**64 - 1), min_size=9, max_size=9),
+        st.lists(st.integers(0, 2**64 - 1), max_size=4),
+        st.integers(0, 2**64 - 1),
+    )
+    def apply(words: list[int], shares: list[int], age_ns: int) -> None:
+        shares = [share >> 24 | HERE << 40 if share & 1 else share for share in shares]
+        entry = [who | len(shares) << 24, *words, *shares]
+        assert pair.mirror.apply(struct.pack(f"<{len(entry)}Q", *entry), age_ns) == 0
+        status = pair.here.status("B")
+        assert 0 <= status.inflight < 1 << 20
+        assert 0 <= status.waiting < 1 << 20
+
+    apply()
+    pair.tell()
+    assert pair.queue() == 0
+    with Router(pair.here) as router:
+        leases = [router.acquire("G") for _ in range(4)]
+        with pytest.raises(Saturated):
+            router.acquire("G")
+        for lease in leases:
+            lease.release()
+    assert not node.left
+    pair.close()
+
+
+# --- shares
+
+
+def test_our_part_is_ours_alone(pair: Pair) -> None:
+    """Each request is counted once, before and after the news of it have come."""
+    node = pair.join(capacity=4)
+    with Router(pair.here) as router:
+        lease = router.acquire("G")
+        assert pair.queue() == 1
+        request = node.adopt(lease.token)
+        pair.tell()
+        assert pair.queue() == 1
+        theirs = node.request()
+        pair.tell()
+        assert pair.queue() == 2
+        lease.release()
+        assert pair.queue() == 1  # at once, though the news still have it
+        pair.tell()
+        assert pair.queue() == 1
+        request.end()
+        pair.tell()
+        assert pair.queue() == 1
+        theirs.end()
+        pair.tell()
+        assert pair.queue() == 0
+
+
+def test_load_and_capacity_agree_with_a_model(new_name: Callable[[], str]) -> None:
+    """Whatever happens in whatever order, the queue seen here is what was told without our part,
+    plus what our routers hold; and no more cells are given than are free of both."""
+    pair = Pair(new_name(), new_name())
+    node = pair.join(capacity=4)
+    router = Router(pair.here)
+    elsewhere = host_id("h3")
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.tuples(st.sampled_from("lrabtfne"), st.integers(1, 3)), max_size=40))
+    def run(steps: list[tuple[str, int]]) -> None:
+        leases: list[Any] = []  # of our routers
+        ours: list[Any] = []  # adopted ones, running there
+        others: list[tuple[Any, int]] = []  # requests of that host, or of a third one
+        told: list[int] = []  # their costs, as told last
+        for step, cost in steps:
+            if step == "l":
+                free = 4 - len(leases) - len(told)
+                if free > 0:
+                    leases.append(router.acquire("G", cost=cost))
+                else:
+                    with pytest.raises(Saturated):
+                        router.acquire("G", cost=cost)
+            elif step == "r" and leases:
+                assert leases.pop().release() is False
+            elif step == "a" and len(ours) < len(leases):
+                ours.append(node.adopt(leases[len(ours)].token))
+            elif step == "b" and ours:
+                ours.pop().end()
+            elif step == "n" and len(ours) + len(others) < LEASES:
+                others.append((node.request(), 1))
+            elif step == "f" and len(ours) + len(others) < LEASES:
+                info = pair.there.backend("B").info
+                token = (
+                    f"2-{pair.origin.incarnation:x}-{info.slot:x}-{info.generation:x}-"
+                    f"{elsewhere:x}-{cost:x}"
+                )
+                others.append((node.adopt(token), cost))
+            elif step == "e" and others:
+                others.pop(0)[0].end()
+            elif step == "t":
+                pair.tell()
+                told = [cost for _, cost in others]
+            assert pair.queue() == sum(told) + sum(lease.cost for lease in leases)
+        for lease in leases:
+            lease.release()
+        for request in (*ours, *(one for one, _ in others)):
+            request.end()
+        pair.tell()
+        assert pair.queue() == 0
+
+    run()
+    router.close()
+    pair.close()
+
+
+def test_more_than_the_row_has_is_counted(pair: Pair) -> None:
+    node = pair.join(capacity=2)
+    with Router(pair.here) as router:
+        lease = router.acquire("G")
+        running = [node.request() for _ in range(LEASES + 3)]  # more than there are cells
+        pair.tell()
+        assert pair.queue() == LEASES + 3 + 1
+        for request in running:
+            request.end()
+        pair.tell()
+        assert pair.queue() == 1
+        lease.release()
+    assert pair.queue() == 0
+
+
+def test_what_stands_above_the_capacity_comes_down(pair: Pair) -> None:
+    """Two of ours have the two places; their third stands above, and takes a place that is free."""
+    node = pair.join(capacity=2)
+    with Router(pair.here) as router:
+        ours = [router.acquire("G"), router.acquire("G")]
+        theirs = node.request()
+        pair.tell()
+        assert pair.queue() == 3
+        ours.pop().release()
+        pair.tell()
+        assert pair.queue() == 2
+        with pytest.raises(Saturated):
+            router.acquire("G")
+        ours.pop().release()
+        with router.acquire("G"):
+            assert pair.queue() == 2
+        theirs.end()
+
+
+def _wait_for_a_lease(router: Router, served: list[str]) -> threading.Thread:
+    def wait() -> None:
+        with router.acquire("G", timeout_s=20.0) as lease:
+            served.append(lease.node)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_who_waits_here_is_woken_by_news(pair: Pair) -> None:
+    """By a request of others that has ended, and by a node that takes work again."""
+    node = pair.join(capacity=1)
+    theirs = node.request()
+    pair.tell()
+    served: list[str] = []
+    with Router(pair.here) as router:
+        thread = _wait_for_a_lease(router, served)
+        wait_until(lambda: Raw(pair.here.name).number("sync", "waiters", 4) == 1)
+        theirs.end()
+        pair.tell()
+        thread.join(10.0)
+        assert served == ["B"]
+
+        theirs = node.request()
+        pair.tell()
+        thread = _wait_for_a_lease(router, served)
+        wait_until(lambda: Raw(pair.here.name).number("sync", "waiters", 4) == 1)
+        node.drain()
+        theirs.end()
+        pair.tell()
+        node.resume()
+        pair.tell()
+        thread.join(10.0)
+        assert served == ["B", "B"]
+
+
+def test_leases_of_dead_routers_come_back(pair: Pair, spawn: Callable[..., Child]) -> None:
+    node = pair.join(capacity=2)
+    child = spawn(
+        "router = Router(name)\n"
+        "leases = [router.acquire('G') for _ in range(2)]\n"
+        "say('held')\n"
+        "hear()",
+        pair.here.name,
+    )
+    assert child.hear() == "held"
+    assert pair.queue() == 2
+    child.kill()
+    with Router(pair.here) as router, router.acquire("G", timeout_s=5.0):
+        pass
+    wait_until(lambda: pair.queue() == 0)
+    assert not node.left
+
+
+# --- leases that go away
+
+
+def test_tokens_name_the_node_there(pair: Pair) -> None:
+    node = pair.join(capacity=4)
+    with Router(pair.here) as router, router.acquire("G", cost=3) as lease:
+        kind, incarnation, slot, generation, host, cost = lease.token.split("-")
+        assert kind == "2"
+        assert int(incarnation, 16) == pair.origin.incarnation
+        info = pair.there.backend("B").info
+        assert (int(slot, 16), int(generation, 16)) == (info.slot, info.generation)
+        assert (int(host, 16), int(cost, 16)) == (HERE, 3)
+        with node.adopt(lease.token):
+            assert node.inflight == 3
+        with pytest.raises(LeaseLost):
+            node.adopt(f"1-{incarnation}-{slot}-{generation}-0-0")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "why"),
+    [
+        (1, "1", "another segment"),
+        (2, "7", "another node"),
+        (3, "ffff", "another node"),
+        (4, "0", "no host"),
+        (4, "1000000", "no host"),
+        (5, "0", "no cost"),
+        (5, "10000", "no cost"),
+        (5, "", "not a lease token"),
+        (0, "3", "not a lease token"),
+    ],
+)
+def test_other_tokens_are_refused(pair: Pair, part: int, value: str, why: str) -> None:
+    node = pair.join()
+    with Router(pair.here) as router, router.acquire("G") as lease:
+        parts = lease.token.split("-")
+        parts[part] = value
+        with pytest.raises(LeaseLost, match=why):
+            node.adopt("-".join(parts))
+        assert node.inflight == 0
+        assert node.refused == 1
+
+
+@pytest.mark.parametrize("change", [Node.drain, Node.shutdown], ids=["drain", "shutdown"])
+def test_who_takes_no_more_refuses_before_it_begins(
+    pair: Pair, change: Callable[[Node], None]
+) -> None:
+    node = pair.join()
+    with Router(pair.here) as router, router.acquire("G") as lease:
+        change(node)
+        with pytest.raises(LeaseLost, match="no more requests from other hosts"):
+            node.adopt(lease.token)
+        assert node.inflight == 0
+
+
+def test_a_release_proves_nothing_across_hosts(pair: Pair) -> None:
+    node = pair.join()
+    with Router(pair.here) as router:
+        lease = router.acquire("G")
+        assert lease.release() is False
+        with node.adopt(lease.token):  # it is on its way, and nobody can call it back
+            assert node.inflight == 1
+
+
+def test_the_bridge_dies_and_another_takes_over(pair: Pair, spawn: Callable[..., Child]) -> None:
+    node = pair.there.join("B", group="G", endpoint="e", capacity=2)
+    child = spawn(
+        "from shmcoord.mirror import Mirror\nfrom shmcoord.origin import Origin\n"
+        "origin = Origin(Segment.attach(sys.argv[2]))\n"
+        "mirror = Mirror(Segment.open(name), 5, 5.0)\n"
+        "mirror.set_members(origin.incarnation, origin.members())\n"
+        "mirror.apply(origin.entries(True), 0)\nsay('shown')\nhear()",
+        pair.here.name,
+        pair.there.name,
+    )
+    assert child.hear() == "shown"
+    with Router(pair.here) as router:
+        lease = router.acquire("G")
+        child.kill()
+        wait_until(lambda: pair.here.status("B").health is Health.DEAD)
+        with pytest.raises(NoBackend):
+            router.acquire("G")
+        assert pair.members() == []
+        pair.tell()
+        assert pair.here.status("B").health is Health.ALIVE
+        assert pair.queue() == 0
+        with router.acquire("G"):
+            assert lease.release() is False  # of a time that is over: it frees nothing
+            assert pair.queue() == 1
+    assert not node.left
+
+
+# --- routing
+
+
+def joined(pair: Pair, count: int, **options: Any) -> list[Node]:
+    return [pair.join(f"N{i}", **options) for i in range(count)]
+
+
+def test_two_are_drawn_among_nodes_of_other_hosts(pair: Pair) -> None:
+    """The least loaded of six gets what chance gives to one of two: 1 in 3, not everything."""
+    nodes = joined(pair, 6)
+    for i, node in enumerate(nodes):
+        node.waiting = i
+    pair.tell()
+    with Router(pair.here, seed=7) as router:
+        count = Counter(router.pick("G").node for _ in range(6000))
+    # Of 15 pairs the least loaded is in 5, the next in 4 more, ..., the last is never the better.
+    for i, node in enumerate(nodes):
+        assert abs(count[node.name] - 6000 * (5 - i) / 15) < 200
+
+
+def test_two_of_them_are_compared_as_ours_are(pair: Pair) -> None:
+    nodes = joined(pair, 2)
+    nodes[0].waiting = 1
+    pair.tell()
+    with Router(pair.here) as router:
+        assert {router.pick("G").node for _ in range(100)} == {"N1"}
+
+
+def test_ours_come_first_by_the_margin(pair: Pair, name: str) -> None:
+    nodes = joined(pair, 4)
+    with (
+        Segment.open(name) as own,
+        own.join("mine", group="G", endpoint="e") as mine,
+        Router(own, pair.here, remote_margin=2.0) as router,
+    ):
+        assert {router.pick("G").node for _ in range(100)} == {"mine"}
+        mine.waiting = 1
+        assert {router.pick("G").node for _ in range(100)} == {"mine"}
+        mine.waiting = 3
+        assert {router.pick("G").node for _ in range(400)} == {"N0", "N1", "N2", "N3"}
+        text = str(router.explain("G"))
+        assert "of another host" in text or "mine" in text
+    assert not any(node.left for node in nodes)
+
+
+def test_every_place_is_found_though_only_two_are_looked_at(pair: Pair) -> None:
+    joined_nodes = joined(pair, 6, capacity=2)
+    with Router(pair.here) as router:
+        leases = [router.acquire("G") for _ in range(12)]
+        assert Counter(lease.node for lease in leases) == {f"N{i}": 2 for i in range(6)}
+        with pytest.raises(Saturated):
+            router.acquire("G")
+        for lease in leases:
+            lease.release()
+    assert len(joined_nodes) == 6
+
+
+def test_suspects_of_other_hosts_are_no_reason_for_panic(
+    new_name: Callable[[], str], name: str
+) -> None:
+    """One healthy node of ours, five silent ones: with nodes of ours that would be panic."""
+    pair = Pair(new_name(), new_name())
+    nodes = joined(pair, 5)
+    pair.mirror.suspect()
+    with (
+        Segment.open(name) as own,
+        own.join("mine", group="G", endpoint="e") as mine,
+        Router(own, pair.here) as router,
+    ):
+        mine.waiting = 10
+        decision = router.explain("G")
+        assert not decision.panic
+        assert {router.pick("G").node for _ in range(100)} == {"mine"}
+        mine.drain()
+        assert router.pick("G").node in {node.name for node in nodes}  # rather them than nobody
+    pair.close()
