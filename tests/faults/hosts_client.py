@@ -80,7 +80,9 @@ class Asker:
 
     def hold(self, team: str, count: int, host: str) -> int:
         """Take so many leases on the nodes of a team that live on one host."""
-        segments = dict(zip(self._cluster.hosts, self._cluster.segments_at(self._host), strict=True))
+        segments = dict(
+            zip(self._cluster.hosts, self._cluster.segments_at(self._host), strict=True)
+        )
         router = shmcoord.Router(segments[host])
         self._routers.append(router)
         self._held += [router.acquire(team) for _ in range(count)]
@@ -107,7 +109,8 @@ def main() -> None:
     """Until nobody asks any more."""
     asker = Asker(sys.argv[1], sys.argv[2])
     for line in sys.stdin:
-        print(json.dumps(asker.obey(**json.loads(line))), flush=True)
+        sys.stdout.write(json.dumps(asker.obey(**json.loads(line))) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

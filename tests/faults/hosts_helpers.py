@@ -1,7 +1,8 @@
 """Hosts for tests: namespaces with a network and a /dev/shm of their own, or, without, loopback.
 
 Each host is a network namespace and a mount namespace, kept by a process that sleeps; a veth pair
-links it to a bridge device in one more network namespace, the switch, where its cable can be pulled.
+links it to a bridge device in one more network namespace, the switch, where its cable can be
+pulled.
 """
 
 from __future__ import annotations
@@ -99,11 +100,18 @@ class Switch:
 
     def inside(self, host: str) -> tuple[str, ...]:
         """The words before a command that run it on a host."""
-        return ("nsenter", "-t", str(self._at[host]), "-n", "-m", "--")
+        # Whoever enters a mount namespace stands in its root.
+        enter = ("nsenter", "-t", str(self._at[host]), "-n", "-m", "--")
+        return (*enter, "env", "-C", str(ROOT))
 
     def cable(self, number: int, *, plugged: bool) -> None:
         """Pull the cable of a host, or plug it in again."""
         self._in_switch("ip", "link", "set", f"port{number}", "up" if plugged else "down")
+
+    def forward(self, number: int, *, forwards: bool) -> None:
+        """Swallow what a host sends and gets while its link stays up, or forward it again."""
+        to = ("master", "lan") if forwards else ("nomaster",)
+        self._in_switch("ip", "link", "set", f"port{number}", *to)
 
     def close(self) -> None:
         """End all; the namespaces and what is in them go with their keepers."""
@@ -126,11 +134,16 @@ class Hosts:
     Args:
         folder: for configuration, keys and logs.
         nodes: for each host, its nodes.
-        namespaces: whether hosts are namespaces; else all are on loopback, with mirrors named apart.
+        namespaces: whether hosts are namespaces; else all are on loopback, and mirrors have
+            names of their own.
+        bridge: further lines for [bridge].
     """
 
-    def __init__(self, folder: Path, nodes: dict[str, str], *, namespaces: bool) -> None:
+    def __init__(
+        self, folder: Path, nodes: dict[str, str], *, namespaces: bool, bridge: tuple[str, ...] = ()
+    ) -> None:
         self.folder = folder
+        self.bridge = bridge
         self.nodes = nodes
         self.unique = f"test_{os.getpid()}_{random.randrange(1 << 32):08x}"
         self.switch = Switch(self.unique) if namespaces else None
@@ -162,7 +175,7 @@ class Hosts:
         for host, address in self.addresses.items():
             lines += [f"[hosts.{host}]", f'segment = "{self.unique}_{host}"']
             lines += [f'address = "{address}"', f'bridge = ["tls/{address}:{next(numbers)}"]']
-        lines += ["[bridge]", f'realm = "{self.unique}"']
+        lines += ["[bridge]", f'realm = "{self.unique}"', *self.bridge]
         if self.switch is None:
             lines.append('mirror = "{segment}.{host}"')
         lines += ["[bridge.tls]", 'ca = "keys/ca.pem"']
@@ -249,15 +262,21 @@ class Hosts:
             if own or path.name.endswith(f".{host}"):
                 path.unlink()
 
-    def cut(self, host: str) -> None:
-        """Pull a host's cable. On loopback there is none to pull."""
+    def cut(self, host: str, *, silent: bool = False) -> None:
+        """Pull a host's cable, or swallow its packets. On loopback there is none to pull."""
         assert self.switch is not None
-        self.switch.cable(list(self.nodes).index(host) + 1, plugged=False)
+        number = list(self.nodes).index(host) + 1
+        if silent:
+            self.switch.forward(number, forwards=False)
+        else:
+            self.switch.cable(number, plugged=False)
 
     def heal(self, host: str) -> None:
-        """Plug it in again."""
+        """Undo either."""
         assert self.switch is not None
-        self.switch.cable(list(self.nodes).index(host) + 1, plugged=True)
+        number = list(self.nodes).index(host) + 1
+        self.switch.cable(number, plugged=True)
+        self.switch.forward(number, forwards=True)
 
     def client(self, host: str) -> Client:
         """Somebody on a host who asks its gateway, and looks into its memory."""
@@ -300,7 +319,7 @@ class Client:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
 
-    def ask(self, timeout_s: float = 60.0, **command: Any) -> Any:
+    def ask(self, timeout_s: float = 60.0, /, **command: Any) -> Any:
         """Its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -349,9 +368,11 @@ class Client:
 
 
 @contextlib.contextmanager
-def hosts(folder: Path, nodes: dict[str, str], *, namespaces: bool) -> Iterator[Hosts]:
+def hosts(
+    folder: Path, nodes: dict[str, str], *, namespaces: bool, bridge: tuple[str, ...] = ()
+) -> Iterator[Hosts]:
     """The cluster on several hosts, for a test."""
-    made = Hosts(folder, nodes, namespaces=namespaces)
+    made = Hosts(folder, nodes, namespaces=namespaces, bridge=bridge)
     try:
         made.up(*nodes)
         yield made
