@@ -234,6 +234,10 @@ class Hosts:
                     found["bridge"] = process.pid
         return found
 
+    def codes(self) -> dict[str, int | None]:
+        """How `up` ended on each host; None: it has not."""
+        return {host: up.poll() for host, up in self._ups.items()}
+
     def signal(self, host: str, what: str, number: signal.Signals) -> None:
         """Send a signal to a process of a host."""
         os.kill(self.pids(host)[what], number)

@@ -50,6 +50,7 @@ def started(
     assert len(pids) == len(ALL) + len(nodes)
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert not list(Path("/dev/shm").glob(f"{made.unique}*"))
+    assert set(made.codes().values()) == {0}
 
 
 @pytest.fixture(scope="module")
