@@ -183,13 +183,17 @@ class Course:
         """Why the last node was tried in vain."""
         return self._tried[-1].error if self._tried else None
 
-    def leave(self, lease: Lease, error: BaseException, adopts: bool = False) -> bool:
+    def leave(
+        self, lease: Lease, error: BaseException, adopts: bool = False, *, proves: bool = True
+    ) -> bool:
         """Give the lease back after a failure; tell if the request may be sent elsewhere.
 
         Args:
             lease: Of the node where it failed.
             error: How it failed.
             adopts: Whether this node is known to adopt leases, even if not all are.
+            proves: False if the request may have gone out without the lease as well: then what
+                became of the lease tells nothing, whatever the node does.
 
         Raises:
             NoneReachable: It might, but the retry budget is spent.
@@ -197,10 +201,11 @@ class Course:
         ours = lease.release()
         if not isinstance(error, (Unreachable, LeaseLost, ConnectionLost)):
             return False
-        if isinstance(error, ConnectionLost) and not (
-            self._may_repeat or ((adopts or self._rules.adopts) and ours)
-        ):
-            return False
+        if not (isinstance(error, Unreachable) or self._may_repeat):
+            if not proves:
+                return False
+            if isinstance(error, ConnectionLost) and not ((adopts or self._rules.adopts) and ours):
+                return False
         self._rules.router.mark_unreachable(lease.backend)  # for other calls
         self.exclude = (*self.exclude, lease.backend)
         # Without its traceback, which would tie this record, the request and the frames

@@ -286,7 +286,7 @@ cdef class Mirror:
                 continue
             try:
                 one = _stand_in(self.mapping, incarnation, self.suspect_after_s, member)
-            except (ShmcoordError, ValueError, TypeError) as error:
+            except (ShmcoordError, ValueError, TypeError, OverflowError) as error:
                 refused.append((member, error))
                 continue
             self.standing[key] = one

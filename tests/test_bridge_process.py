@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -122,10 +123,16 @@ def test_two_hosts(hosts: Hosts) -> None:
             took = until(lambda: not hosts.is_alive(), "C is suspect")
             assert took < SUSPECT_S + 0.3
             assert hosts.shown()["C"][0] is Health.SUSPECT
-            time.sleep(0.3)
+            time.sleep(0.7)  # frames gather, and come all at once at the thaw
             hosts.bridges[frozen].send_signal(signal.SIGCONT)
             until(hosts.is_alive, "C is back")
 
+        # What each has refused is in its last words: h1's run ends here, h2's at the end.
+        hosts.bridges["h1"].terminate()
+        assert hosts.bridges["h1"].wait(10.0) == 0
+        assert re.search(r"host h2: \d+ frames; dropped: \d+ late", hosts.logs["h1"].read_text())
+        hosts.start("h1")
+        until(hosts.is_alive, "C is back", 10.0)
         hosts.bridges["h1"].kill()
         until(lambda: not hosts.is_alive(), "nobody keeps the mirror")
         hosts.bridges["h1"].wait()

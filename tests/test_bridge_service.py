@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("msgspec", reason="the extra `bridge` is not installed")
 
+import msgspec
 from bridge_helpers import SUSPECT_S, World, until, world
 from helpers import Child
 
@@ -232,6 +234,43 @@ def test_garbage_is_refused_and_told_of_once(name: str, caplog: pytest.LogCaptur
         assert hosts.alive("h1", "h2") == {"C"}
 
 
+def test_members_that_cannot_be_are_refused_one_by_one(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An honest bridge sends no such thing; one that does must not end ours."""
+    with (
+        world(name, "h1", "h2") as hosts,
+        hosts.segments["h2"].join("C", group="G", endpoint="e"),
+    ):
+        until(lambda: hosts.alive("h1", "h2") == {"C"}, "C is shown")
+        frame = decode(hosts.services["h2"]._sender.frame(full=True))
+        good = frame.parts[0].members[0]  # type: ignore[index]
+        wrong = [
+            good._replace(slot=9, node="a", generation=2**40),
+            good._replace(slot=-1, node="b"),
+            good._replace(slot=10, node="", generation=1),
+            good._replace(slot=11, node="x" * 200),
+            good._replace(slot=12, node="c", weight=float("nan")),
+            good._replace(slot=13, node="d", gauges=["no identifier"]),
+            good._replace(slot=14, node="e\n", capacity=2**63),
+            good._replace(slot=15, node="f", slow_start_s=-1.0),
+            good._replace(slot=16, generation=77),  # the name is taken
+        ]
+        part = msgspec.structs.replace(frame.parts[0], members=[good, *wrong])
+        sent = msgspec.structs.replace(frame, parts=[part], sequence=10**9)
+        hosts.net.inject("h2", "h1", encode(sent))
+        until(lambda: caplog.text.count("cannot be shown") == len(wrong), "all are refused")
+        assert hosts.alive("h1", "h2") == {"C"}
+        cut_off = msgspec.structs.replace(
+            frame,
+            parts=[msgspec.structs.replace(part, members=[good], entries=b"123")],
+            sequence=10**9 + 1,
+        )
+        hosts.net.inject("h2", "h1", encode(cut_off))
+        until(lambda: "could not be written" in caplog.text, "it is refused")
+        assert hosts.alive("h1", "h2") == {"C"}
+
+
 def test_a_segment_is_made_later_and_made_anew(name: str) -> None:
     with world(name, "h1", "h2") as hosts:
         hosts.segments["h2"].close()
@@ -271,7 +310,8 @@ def test_a_segment_with_nodes_of_this_host_is_not_taken(
 ) -> None:
     with world(name, "h1", "h2") as hosts:
         hosts.stop("h1")
-        Segment.unlink(hosts.mirror("h1", "h2"))
+        with contextlib.suppress(shmcoord.SegmentNotFound):  # it may not have got so far
+            Segment.unlink(hosts.mirror("h1", "h2"))
         with hosts.segments["h2"].join("C", group="G", endpoint="e"):
             with (
                 Segment.open(hosts.mirror("h1", "h2")) as taken,

@@ -25,6 +25,7 @@ from grpc._cython import cygrpc
 import shmcoord
 from bench.tail.clock import exact_timers
 from bench.tail.wire import ORCA_KEY, WORK_ANSWER, WORK_REQUEST, orca_report
+from shmcoord.transport._grpc_common import token_in
 from shmcoord.transport.grpc import LEASE_KEY, LEASE_LOST_KEY, REFUSED
 
 GROUP = "NODES"
@@ -150,7 +151,7 @@ class _Server:
         try:
             counted = self._counted(event)
         except shmcoord.LeaseLost:
-            trailing = ((LEASE_LOST_KEY, "1"),)
+            trailing = ((LEASE_LOST_KEY, token_in(event.invocation_metadata) or ""),)
             self._finish(event, b"", trailing, cygrpc.StatusCode.failed_precondition)
             return
         with counted:

@@ -51,6 +51,7 @@ from shmcoord.errors import LeaseLost, NoBackend, Saturated, ShmcoordError
 from shmcoord.grpc._aio_ends import code_of, drop, error_of, learn
 from shmcoord.grpc._ask import PLAIN, ask_of
 from shmcoord.grpc._common import LEASE_KEY, served_by
+from shmcoord.grpc._once import Leg, proves
 from shmcoord.grpc._refusal import Refusal, refusal
 from shmcoord.grpc._served import TRACE, tell_span
 from shmcoord.transport import ConnectionLost, Unreachable
@@ -88,6 +89,7 @@ class RoutedCall:
     # What most calls never change is not set in each.
     _real: Any = None
     _lease: Lease | None = None
+    _leg: Leg | None = None
     _link: AioLink[grpc.aio.Channel] | None = None
     _task: asyncio.Task[None] | None = None
     _over = False
@@ -206,6 +208,9 @@ class RoutedCall:
         """Begin grpcio's call."""
         method = self._method
         token = (LEASE_KEY, lease.token)
+        legs = self._routes.legs
+        if legs is not None:
+            self._leg = legs.begin(token[1])
         sent = self._ask[2]
         credentials, compression = self._options
         try:
@@ -370,7 +375,7 @@ class RoutedCall:
             return
         code = code_of(real)
         if link.lessons:
-            learn(link, real, code is _OK)
+            learn(link, real, code is _OK, lease.node)
         try:
             if code in _MAY_MOVE and not self._committed and self._moves(real, lease, link, code):
                 return
@@ -390,7 +395,7 @@ class RoutedCall:
         assert link is not None
         assert lease is not None
         if link.lessons:
-            learn(link, self._real, succeeded=True)
+            learn(link, self._real, True, lease.node)
         lease.release()
         if link.retired or self._late or self._callbacks:
             self._routes.links.give_back(link, failed=False)
@@ -413,13 +418,13 @@ class RoutedCall:
         code: grpc.StatusCode,
     ) -> bool:
         """Send the request elsewhere if the rules allow it; else the leg's end is the call's."""
-        judged = judge(error_of(real, code))
+        judged = judge(error_of(real, code), lambda: lease.token)
         if not isinstance(judged, (LeaseLost, ConnectionLost)):
             return False
         course = self._course
         refused: Exception | None = None
         try:
-            if not course.leave(lease, judged, link.adopts):
+            if not course.leave(lease, judged, link.adopts, proves=proves(self._leg)):
                 return False
         except NoneReachable as spent:
             refused = spent

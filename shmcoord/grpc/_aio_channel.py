@@ -14,7 +14,7 @@ from shmcoord.course import OnDecision, send_rules
 from shmcoord.grpc._aio_methods import StreamStream, StreamUnary, UnaryStream, UnaryUnary
 from shmcoord.grpc._aio_routes import Routes
 from shmcoord.grpc._aio_state import state_of
-from shmcoord.grpc._once import around_aio
+from shmcoord.grpc._once import Legs, around_aio
 from shmcoord.router import Router
 from shmcoord.segment import Mapping
 from shmcoord.transport._grpc_aio_links import AioLinks
@@ -80,6 +80,7 @@ def channel(
     own = Router(*segments, policy=policy) if router is None else None
     used = router if router is not None else own
     assert used is not None
+    legs = Legs() if interceptors else None
     try:
         rules = send_rules(used, adopts, idempotent, None, None)
         links: AioLinks[grpc.aio.Channel] = AioLinks(
@@ -87,14 +88,14 @@ def channel(
             credentials=credentials,
             options=without_retries(options),
             compression=compression,
-            interceptors=around_aio(interceptors),
+            interceptors=() if legs is None else around_aio(interceptors, legs),
         )
     except BaseException:
         if own is not None:
             own.close()
         raise
     return RoutedChannel(
-        Routes(used, group, rules, links, max_wait_s, connect_timeout_s, on_decision), own
+        Routes(used, group, rules, links, max_wait_s, connect_timeout_s, on_decision, legs), own
     )
 
 

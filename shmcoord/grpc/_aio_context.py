@@ -13,7 +13,8 @@ import grpc
 import grpc.aio
 
 from shmcoord.grpc._faults import is_fault
-from shmcoord.grpc._membership import Membership
+from shmcoord.grpc._membership import Membership, foreign
+from shmcoord.grpc._refusal import Refusal
 
 __all__ = ["AioContext", "PlainContext"]
 
@@ -33,7 +34,7 @@ class _Context:
         return getattr(self._context, name)
 
     def set_trailing_metadata(self, trailing_metadata: Iterable[Any]) -> None:
-        theirs = tuple(trailing_metadata)
+        theirs = foreign(trailing_metadata)
         self._context.set_trailing_metadata(theirs)
         self._theirs = theirs
 
@@ -63,6 +64,11 @@ class _Context:
         left_s = self._context.time_remaining()
         return left_s is not None and left_s <= 0.0
 
+    def _refused(self, refusal: Refusal) -> tuple[Any, ...]:
+        """A refusal of ours, as arguments of `abort`."""
+        self.code_set = refusal.code
+        return (refusal.code, refusal.details, (*refusal.trailing, *self._membership.trailing()))
+
     def _merged(self, trailing_metadata: Iterable[Any]) -> tuple[Any, ...]:
         return self._membership.merged(tuple(trailing_metadata) or self._theirs)
 
@@ -79,6 +85,14 @@ class AioContext(_Context):
         self.code_set = code
         await self._context.abort(code, details, self._merged(trailing_metadata))
 
+    async def send_initial_metadata(self, initial_metadata: Iterable[Any] | None) -> None:
+        """As `grpc.aio.ServicerContext.send_initial_metadata`."""
+        await self._context.send_initial_metadata(foreign(initial_metadata or ()))
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """End the call before anything of it was done."""
+        await self._context.abort(*self._refused(refusal))
+
     async def abort_with_status(self, status: grpc.Status) -> None:
         """As `grpc.aio.ServicerContext.abort_with_status`."""
         await self.abort(status.code, status.details, status.trailing_metadata or ())
@@ -93,6 +107,14 @@ class PlainContext(_Context):
         """As `grpc.ServicerContext.abort`."""
         self.code_set = code
         self._context.abort(code, details, self._merged(trailing_metadata))
+
+    def send_initial_metadata(self, initial_metadata: Iterable[Any] | None) -> None:
+        """As `grpc.ServicerContext.send_initial_metadata`."""
+        self._context.send_initial_metadata(foreign(initial_metadata or ()))
+
+    def refuse(self, refusal: Refusal) -> None:
+        """End the call before anything of it was done."""
+        self._context.abort(*self._refused(refusal))
 
     def abort_with_status(self, status: grpc.Status) -> None:
         """As `grpc.ServicerContext.abort_with_status`."""

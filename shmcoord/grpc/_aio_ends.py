@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from shmcoord.grpc._common import NODE_KEY
+from shmcoord.grpc._common import NODE_KEY, node_value
 
 if TYPE_CHECKING:
     from shmcoord.grpc._aio_base import RoutedCall
@@ -39,17 +39,17 @@ def error_of(real: Any, code: grpc.StatusCode) -> grpc.aio.AioRpcError:
     )
 
 
-def learn(link: AioLink[grpc.aio.Channel], real: Any, succeeded: bool) -> None:
+def learn(link: AioLink[grpc.aio.Channel], real: Any, succeeded: bool, node: str) -> None:
     """Note if a response names its node: then the node adopts leases.
 
-    After some that do not, no more are looked at; failures do not count, since they may have been
-    made here.
+    It must be the one that was called: a gateway may copy the name of another. After some that do
+    not, no more are looked at; failures do not count, since they may have been made here.
     """
     try:
         trailing = now(real.trailing_metadata())
     except Exception:  # noqa: BLE001 - an interceptor's; whoever awaits the call gets it
         return
-    if any(key == NODE_KEY for key, _ in trailing or ()):
+    if any(key == NODE_KEY and value == node_value(node) for key, value in trailing or ()):
         link.adopts = True
         link.lessons = 0
     elif succeeded:

@@ -25,6 +25,7 @@ from shmcoord.grpc._faults import is_fault
 from shmcoord.grpc._membership import Membership, Refused, note_span
 from shmcoord.grpc._refusal import refusal
 from shmcoord.node import Request
+from shmcoord.transport._grpc_common import token_in
 from shmcoord.transport.grpc import lease_token
 
 __all__ = ["AioHandlers", "AioInterceptor"]
@@ -130,7 +131,7 @@ class AioHandlers:
             try:
                 call = self._begin(own, counts)
             except Refused as refused:
-                await own.abort(*refused.refusal)
+                await own.refuse(refused.refusal)
                 raise
             try:
                 response = await behavior(request, own)
@@ -151,7 +152,7 @@ class AioHandlers:
             try:
                 call = self._begin(own, counts)
             except Refused as refused:
-                await own.abort(*refused.refusal)
+                await own.refuse(refused.refusal)
                 raise
             responses = behavior(request, own)
             try:
@@ -169,18 +170,18 @@ class AioHandlers:
         return serve
 
     def _begin(self, own: AioContext, counts: bool) -> _Call:
-        """Adopt or begin, if it counts.
+        """Adopt the lease that came, or begin without, if it counts.
 
         Raises:
             Refused: Say it to the client.
         """
         membership = self._membership
         request = None
-        if counts:
-            token = lease_token(own)
+        token = lease_token(own)
+        if token is not None or counts:
             if token is None and membership.draining:
                 raise Refused(membership.refusal())
-            request = membership.take(token)
+            request = membership.take(token, own)
         call = _Call(request, self._open)
         own.add_done_callback(call.told)
         served_by.set(membership.place.node)
@@ -220,15 +221,19 @@ class AioInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: Any
     ) -> Any:
-        """Wrap the handler, unless it is infrastructure (health, reflection, reports)."""
+        """Wrap the handler; not that of infrastructure (health, reports) without a lease."""
         handler = await continuation(details)
         method = details.method
-        if handler is None or is_infrastructure(method):
+        if handler is None:
+            return None
+        infrastructure = is_infrastructure(method)
+        if infrastructure and token_in(details.invocation_metadata) is None:
             return handler
         kept = self._wrapped.get(method)
         if kept is not None and kept[0] is handler:
             return kept[1]
-        wrapped = self._handlers.wrap(handler, self._handlers.counts(method))
+        counts = not infrastructure and self._handlers.counts(method)
+        wrapped = self._handlers.wrap(handler, counts)
         if len(self._wrapped) < _KEPT or kept is not None:
             self._wrapped[method] = (handler, wrapped)
         return wrapped

@@ -33,15 +33,14 @@ class PlainHandlers:
         self.open: set[int] = set()
 
     def arrive(self, context: Any, counts: bool) -> Arrival:
-        """A request that a thread shall begin; `counts`: whether it is load."""
-        token = lease_token(context) if counts else None
-        arrival = Arrival(self.membership, token, aside=not counts)
+        """A request that a thread shall begin; `counts`: whether it is load without a lease."""
+        arrival = Arrival(self.membership, lease_token(context), aside=not counts)
         arrival.wait()
         return arrival
 
-    def begin(self, arrival: Arrival) -> None:
+    def begin(self, arrival: Arrival, own: PlainContext) -> None:
         """Adopt or begin; the request then waits no longer."""
-        arrival.begin()
+        arrival.begin(own)
         self.open.add(id(arrival))
         note_span(self.membership.place)
 
@@ -52,7 +51,7 @@ class PlainHandlers:
             return
         try:
             if isinstance(error, Refused):
-                own.abort(*error.refusal)
+                own.refuse(error.refusal)
             if isinstance(error, (Saturated, NoBackend)) and own.code_set is None:
                 own.abort(*refusal(error))
         finally:
@@ -71,7 +70,7 @@ class PlainHandlers:
             own = PlainContext(context, self.membership)
             before = served_by.set(self.membership.place.node)
             try:
-                self.begin(arrival)
+                self.begin(arrival, own)
                 yield from behavior(request, own)
                 arrival.failed = own.failed()
                 own.add_own()
@@ -106,7 +105,7 @@ class PlainUnary:
         own = PlainContext(context, handlers.membership)
         before = served_by.set(handlers.membership.place.node)
         try:
-            handlers.begin(arrival)
+            handlers.begin(arrival, own)
             response = self._behavior(request, own)
             arrival.failed = own.failed()
             own.add_own()

@@ -14,6 +14,7 @@ from shmcoord.course import telling, telling_async
 if TYPE_CHECKING:
     from shmcoord.course import OnDecision, SendRules
     from shmcoord.grpc._aio_base import RoutedCall
+    from shmcoord.grpc._once import Legs
     from shmcoord.router import Router
     from shmcoord.transport._grpc_aio_links import AioLinks
 
@@ -32,6 +33,7 @@ class Routes:
         rules: For the `Course` of a call, which is made when one is needed: after
             `earn`.
         links: To the nodes.
+        legs: Where interceptors may send other than they were told.
         max_wait_s: How long a call without a deadline waits for capacity, in seconds.
         connect_timeout_s: How long a call waits for one connection, in seconds.
         waiting: The calls that have no node at the moment.
@@ -42,7 +44,8 @@ class Routes:
 
     __slots__ = (
         *("acquire", "active", "bound", "closed", "connect_timeout_s", "earn", "group"),
-        *("idle_event", "links", "max_wait_s", "router", "rules", "try_acquire", "waiting"),
+        *("idle_event", "legs", "links", "max_wait_s", "router", "rules", "try_acquire"),
+        "waiting",
     )
 
     def __init__(
@@ -54,8 +57,10 @@ class Routes:
         max_wait_s: float,
         connect_timeout_s: float,
         on_decision: OnDecision | None,
+        legs: Legs | None = None,
     ) -> None:
         self.router = router
+        self.legs = legs
         self.acquire = telling_async(router.acquire_async, on_decision)
         self.try_acquire = telling(router.try_acquire, on_decision)
         self.earn = rules.budget.earn

@@ -62,7 +62,7 @@ class AioServer(Serving, grpc.aio.Server):
         try:
             self._plug.start(endpoint)
         except BaseException:
-            self._plug.stop()  # whoever waits for the join is refused
+            self._plug.stop()  # who has come already waits for the join no longer
             await self._hang_up()
             raise
 
@@ -117,11 +117,12 @@ class AioServer(Serving, grpc.aio.Server):
         """End every connection, then the server; leave the segment."""
         try:
             try:
-                for sleep_s in hang_up(self._endpoints):
+                for sleep_s in hang_up(self._listeners):
                     await asyncio.sleep(sleep_s)
             except Exception:  # noqa: BLE001 - whatever went wrong, the server stops
-                _log.exception("node %s could not hang up", self._plug.name)
-            await self._real.stop(None)
+                _log.exception("node %s could not end its connections", self._plug.name)
+            finally:
+                await self._real.stop(None)
         finally:
             self._plug.stop()
             if self._own_pool is not None:

@@ -14,6 +14,7 @@ from shmcoord.course import OnDecision
 from shmcoord.grpc._calls import RoutedStreamStream, RoutedUnaryStream
 from shmcoord.grpc._connectivity import Connectivity
 from shmcoord.grpc._core import Core, Method, dressed
+from shmcoord.grpc._once import Legs
 from shmcoord.grpc._unary import RoutedStreamUnary, RoutedUnaryUnary
 from shmcoord.router import Router
 from shmcoord.transport._grpc_common import without_retries
@@ -80,8 +81,9 @@ def channel(
             raise ValueError(f"a full name is like /package.Service/Method, not {method!r}")
     if not (max_wait_s >= 0 and connect_timeout_s >= 0):
         raise ValueError("max_wait_s and connect_timeout_s must not be negative")
+    legs = Legs() if interceptors else None
     pool = LinkPool(
-        dressed(interceptors),
+        dressed(interceptors, legs),
         credentials=credentials,
         options=without_retries(options),
         compression=compression,
@@ -97,6 +99,7 @@ def channel(
         connect_timeout_s=connect_timeout_s,
         single_threaded=any(name == _SINGLE_THREADED for name, _ in options),
         on_decision=on_decision,
+        legs=legs,
     )
     return RoutedChannel(core)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from urllib.parse import quote
 
 from shmcoord.transport._grpc_common import LEASE_KEY, LEASE_LOST_KEY, REFUSED
 
@@ -17,6 +18,7 @@ __all__ = [
     "REFUSED",
     "STATUS_KEY",
     "is_infrastructure",
+    "node_value",
     "served_by",
 ]
 
@@ -45,6 +47,11 @@ served_by: ContextVar[str | None] = ContextVar("shmcoord_served_by", default=Non
 """The node that serves: of the last call made in this context, and inside of a handler our own."""
 
 _INFRASTRUCTURE = ("/grpc.", "/xds.", "/envoy.")
+
+
+def node_value(name: str) -> str:
+    """Return a node's name as the value of `NODE_KEY`."""
+    return quote(name)
 
 
 def is_infrastructure(method: str) -> bool:

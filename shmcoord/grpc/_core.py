@@ -16,7 +16,7 @@ import grpc
 from shmcoord.course import OnDecision, SendRules, send_rules, telling, telling_async
 from shmcoord.errors import ShmcoordError
 from shmcoord.grpc._background import Background
-from shmcoord.grpc._once import around
+from shmcoord.grpc._once import Legs, around
 from shmcoord.router import Router
 from shmcoord.transport._grpc_links import LinkPool
 from shmcoord.waiters import Waits
@@ -90,8 +90,10 @@ class Core:
         connect_timeout_s: float,
         single_threaded: bool,
         on_decision: OnDecision | None,
+        legs: Legs | None = None,
     ) -> None:
         self.router = router
+        self.legs = legs  # where interceptors may send other than they were told
         self.waits = Waits()  # of the calls that block
         self.acquire = telling(partial(router.acquire, waits=self.waits), on_decision)
         self.try_acquire = telling(router.try_acquire, on_decision)
@@ -167,8 +169,10 @@ def _at_exit() -> None:
             continue
 
 
-def dressed(interceptors: Sequence[Any]) -> Callable[[grpc.Channel], grpc.Channel]:
-    """Return what puts interceptors around a one-target channel."""
-    if not interceptors:
+def dressed(
+    interceptors: Sequence[Any], legs: Legs | None
+) -> Callable[[grpc.Channel], grpc.Channel]:
+    """Return what puts interceptors around a one-target channel; without any there are no legs."""
+    if legs is None:
         return lambda channel: channel
-    return lambda channel: grpc.intercept_channel(channel, *around(interceptors))
+    return lambda channel: grpc.intercept_channel(channel, *around(interceptors, legs))

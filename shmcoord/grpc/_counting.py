@@ -15,7 +15,9 @@ A call that is rejected (no such method, `maximum_concurrent_rpcs`) is never sub
 wiped by the next call, before anything else of that call happens.
 
 Infrastructure (health, reflection, reports), and methods that are excluded, run on a small pool of
-their own and are not counted: a client that watches the health must not occupy a worker.
+their own and are not counted: a client that watches the health must not occupy a worker. One that
+came with a lease adopts it all the same: its client takes a lease that nobody adopted for a proof
+that nothing was executed.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Arrival:
         self.token = token
         # It came without lease while the server drained.
         self.refused = membership.draining and token is None and not aside
-        # It runs beside the workers, and is not counted.
+        # It runs beside the workers, and is not counted unless it came with a lease.
         self.aside = aside or self.refused
         self.waits = False
         self.request: Request | None = None
@@ -69,16 +71,19 @@ class Arrival:
             self.waits = True
             self.membership.waiting.add(id(self))
 
-    def begin(self) -> None:
+    def begin(self, context: Any) -> None:
         """Adopt its lease, or begin a request without, if it counts; it then waits no longer.
+
+        Args:
+            context: Of the request.
 
         Raises:
             Refused: Say it to the client.
         """
         if self.refused:
             raise Refused(self.membership.refusal())
-        if not self.aside:
-            self.request = self.membership.take(self.token)
+        if self.token is not None or not self.aside:
+            self.request = self.membership.take(self.token, context)
         if self.waits:
             self.waits = False
             self.membership.waiting.discard(id(self))
@@ -128,10 +133,11 @@ class CountingInterceptor(grpc.ServerInterceptor):
         if handler is None:
             return None
         method = details.method
-        if is_infrastructure(method) or not self._membership.counts(method):
-            notes.arrived = Arrival(self._membership, None, aside=True)
+        token = token_in(details.invocation_metadata)
+        aside = is_infrastructure(method) or not self._membership.counts(method)
+        notes.arrived = Arrival(self._membership, token, aside=aside)
+        if aside and token is None:
             return handler
-        notes.arrived = Arrival(self._membership, token_in(details.invocation_metadata))
         kept = self._wrapped.get(method)
         if kept is not None and kept[0] is handler:
             return kept[1]

@@ -31,6 +31,7 @@ from shmcoord.grpc._bare import CANCELLED, BareStream
 from shmcoord.grpc._common import LEASE_KEY, served_by
 from shmcoord.grpc._core import ChannelClosed, Core, Method
 from shmcoord.grpc._learning import learn
+from shmcoord.grpc._once import Leg, proves
 from shmcoord.grpc._outcome import outcome
 from shmcoord.grpc._refusal import Refusal
 from shmcoord.grpc._search import Search
@@ -58,11 +59,12 @@ class NoRealCall(Exception):
 class Hold:
     """The lease and the link of one real call; given back once, by whoever comes first."""
 
-    __slots__ = ("_lease", "link")
+    __slots__ = ("_lease", "leg", "link")
 
     def __init__(self, lease: Lease, link: Link) -> None:
         self._lease = [lease]
         self.link = link
+        self.leg: Leg | None = None
 
     def take(self) -> Lease | None:
         """Return the lease, to the first who asks."""
@@ -162,10 +164,13 @@ class Flight:
             self._untold = lease.node
             call = link.method(self._method.key, self._method.make)
             is_future = self._method.kind.endswith("_unary")
+            token = lease.token
+            if core.legs is not None:
+                hold.leg = core.legs.begin(token)
             real = (call.future if is_future else call)(
                 request,
                 left_s,
-                ((LEASE_KEY, lease.token), *self._ask.metadata),
+                ((LEASE_KEY, token), *self._ask.metadata),
                 credentials,
                 False if wait else wait,  # never for this node
                 compression,
@@ -263,7 +268,7 @@ class Flight:
         lease = hold.take()
         if lease is None:
             return
-        failure = _failure(real)
+        failure = _failure(real, lease)
         again = False
         error: Exception | None = None
         with self.changed:
@@ -274,7 +279,9 @@ class Flight:
                 and self._method.kind.startswith("unary_")
             ):
                 try:
-                    again = self._searching().leave(lease, failure, hold.link.adopts)
+                    again = self._searching().leave(
+                        lease, failure, hold.link.adopts, proves(hold.leg)
+                    )
                 except (NoneReachable, ShmcoordError) as reason:
                     error = reason
                 if again or error is not None:
@@ -284,7 +291,7 @@ class Flight:
                     lease.release()
         if failure is None:
             if hold.link.lessons:
-                learn(hold.link, real)
+                learn(hold.link, real, lease.node)
             if self._search is None:
                 self._core.earn()
         self._core.pool.give_back(hold.link)
@@ -453,15 +460,15 @@ class Flight:
             return self.real is not real
 
 
-def _failure(real: Any) -> Exception | None:
+def _failure(real: Any, lease: Lease) -> Exception | None:
     """How a real call that is over failed, as the rules of sending see it; None if it did not."""
     code = getattr(real, "code", None)
     if code is None:  # some interceptor's own future
         error = None if real.cancelled() else real.exception()
-        return judge(error) if isinstance(error, grpc.RpcError) else error
+        return judge(error, lambda: lease.token) if isinstance(error, grpc.RpcError) else error
     if code() in (grpc.StatusCode.OK, None):
         return None
-    return judge(real)
+    return judge(real, lambda: lease.token)
 
 
 def _refusal(error: BaseException, core: Core) -> Refusal:

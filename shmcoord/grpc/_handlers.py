@@ -81,7 +81,7 @@ class Handlers:
         def serve(request: Any, context: Any) -> Any:
             arrival, alone = self._arrival(context)
             try:
-                self._begin(arrival)
+                self._begin(arrival, context)
                 response = behavior(request, context)
                 self._succeed(arrival, context)
                 return response
@@ -98,7 +98,7 @@ class Handlers:
         def serve(request: Any, context: Any) -> Iterator[Any]:
             arrival, alone = self._arrival(context)
             try:
-                self._begin(arrival)
+                self._begin(arrival, context)
                 yield from behavior(request, context)
                 self._succeed(arrival, context)
             except GeneratorExit:  # the client is gone, or a response could not be serialized
@@ -126,8 +126,8 @@ class Handlers:
         self._notes.current = None
         arrival.end()
 
-    def _begin(self, arrival: Arrival) -> None:
-        arrival.begin()
+    def _begin(self, arrival: Arrival, context: Any) -> None:
+        arrival.begin(context)
         place = self._membership.place
         served_by.set(place.node)
         note_span(place)
@@ -143,9 +143,11 @@ class Handlers:
         Raises:
             Exception: gRPC's own, by which it knows that the call was aborted.
         """
+        own: tuple[Any, ...] = ()
         try:
             if isinstance(error, Refused):
-                _abort(context, error.refusal)
+                own = error.refusal.trailing
+                context.abort(error.refusal.code, error.refusal.details)
             if isinstance(error, (Saturated, NoBackend)):
                 _abort(context, refusal(error))
         finally:
@@ -154,12 +156,13 @@ class Handlers:
             else:
                 code = context.code()
                 arrival.failed = code is None or is_fault(code) or _is_late(context)
-            self._finish(context)
+            self._finish(context, own)
 
-    def _finish(self, context: Any) -> None:
+    def _finish(self, context: Any, own: tuple[Any, ...] = ()) -> None:
         """The status comes next: add to its metadata, and let the end of the server wait for it."""
         membership = self._membership
-        context.set_trailing_metadata(membership.merged(context.trailing_metadata()))
+        trailing = membership.merged(context.trailing_metadata())
+        context.set_trailing_metadata((*own, *trailing) if own else trailing)
         if membership.draining:
             untold, this = self.untold, object()
             untold.add(this)

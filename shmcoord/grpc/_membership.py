@@ -9,27 +9,31 @@ import sys
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote
 
 import grpc
 
 from shmcoord.api import Segment
 from shmcoord.errors import ForkedHandle, LeaseLost, ShmcoordError
-from shmcoord.grpc._common import LEASE_LOST_KEY, NODE_KEY, ORCA_KEY, REFUSED
+from shmcoord.grpc._common import LEASE_LOST_KEY, NODE_KEY, ORCA_KEY, REFUSED, node_value
 from shmcoord.grpc._orca import LoadReporter
 from shmcoord.grpc._refusal import Refusal
 from shmcoord.grpc._served import TRACE, tell_span
 from shmcoord.grpc._waiting import Waiting
+from shmcoord.transport._grpc_common import is_retry
 
 if TYPE_CHECKING:
     from shmcoord.node import Node, Request
 
-__all__ = ["Membership", "Place", "Refused"]
+__all__ = ["Membership", "Place", "Refused", "foreign", "note_span"]
 
 _log = logging.getLogger("shmcoord.grpc")
 
 # `Lease.token`: a version, and five numbers in hexadecimal.
 _TOKEN = re.compile(r"[12](?:-[0-9A-Fa-f]{1,16}){5}")
+
+
+_OWN_PREFIXES = ("shmcoord-", b"shmcoord-")  # gRPC takes a key as either
+_OWN_LENGTH = len("shmcoord-")
 
 
 class Place(NamedTuple):
@@ -79,7 +83,7 @@ class Membership:
         self._pid = os.getpid()
         self._segment: Segment | None = None
         self._reporter: LoadReporter | None = None
-        self._name_pair = (NODE_KEY, quote(place.node))
+        self._name_pair = (NODE_KEY, node_value(place.node))
         self._own: tuple[tuple[str, str | bytes], ...] = (self._name_pair,)
         self._own_report: bytes | None = None
 
@@ -100,6 +104,11 @@ class Membership:
         return self._node is not None and not self._left
 
     @property
+    def left(self) -> bool:
+        """Whether it has left, or was told to before it joined."""
+        return self._left
+
+    @property
     def reporter(self) -> LoadReporter | None:
         """Its load reports, once it has joined."""
         return self._reporter
@@ -112,8 +121,8 @@ class Membership:
         """Join the segment.
 
         Raises:
-            ShmcoordError: As `Segment.open` and `Segment.join`: `NodeExists` and others. It may be
-                tried again.
+            ShmcoordError: As `Segment.open` and `Segment.join`: `NodeExists` and others. All is
+                as before then.
         """
         place = self.place
         segment = place.segment
@@ -131,9 +140,9 @@ class Membership:
                 slow_start_s=place.slow_start_s,
             )
         except BaseException:
-            if self._segment is not None:
-                self._segment.close()
-                self._segment = None
+            opened, self._segment = self._segment, None
+            if opened is not None:
+                opened.close()
             raise
         self._pid = os.getpid()
         self._reporter = LoadReporter(segment, node)
@@ -177,8 +186,15 @@ class Membership:
         """Whether nothing runs, nothing waits, and no lease is reserved that may still come."""
         return self.waiting.count == 0 and (not self.joined or self.node.inflight == 0)
 
-    def take(self, token: str | None) -> Request:
+    def take(self, token: str | None, context: Any) -> Request:
         """Count a request that begins now: adopt its lease, or begin one of our own.
+
+        One that gRPC's own retries have repeated is begun as without a lease if that is lost: the
+        attempt before it has adopted it.
+
+        Args:
+            token: Of its lease.
+            context: Of the request.
 
         Raises:
             Refused: The lease was lost, or is none; or the server has left.
@@ -193,7 +209,12 @@ class Membership:
         except LeaseLost as error:
             if token is not None and _TOKEN.fullmatch(token) is None:
                 raise Refused(Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error))) from None
-            lost = Refusal(grpc.StatusCode.FAILED_PRECONDITION, REFUSED, ((LEASE_LOST_KEY, "1"),))
+            if is_retry(context.invocation_metadata()):
+                if self.draining:
+                    raise Refused(self.refusal()) from None
+                return self.take(None, context)
+            trailing = ((LEASE_LOST_KEY, token or ""),)
+            lost = Refusal(grpc.StatusCode.FAILED_PRECONDITION, REFUSED, trailing)
             raise Refused(lost) from None
         except (ShmcoordError, ValueError) as error:  # it has left meanwhile
             raise Refused(Refusal(grpc.StatusCode.UNAVAILABLE, str(error))) from None
@@ -221,8 +242,17 @@ class Membership:
         return self._own
 
     def merged(self, theirs: Any) -> tuple[tuple[str, str | bytes], ...]:
-        """Return `trailing` behind what the handler has set."""
-        return (*theirs, *self.trailing()) if theirs else self.trailing()
+        """Return `trailing` behind what the handler has set, of which nothing is ours."""
+        return (*foreign(theirs), *self.trailing()) if theirs else self.trailing()
+
+
+def foreign(metadata: Iterable[Any]) -> tuple[Any, ...]:
+    """Return metadata that a handler sends without what is ours to say.
+
+    What a handler sends under our keys is that of another hop: a copied refusal would make the
+    client repeat what was executed here.
+    """
+    return tuple(pair for pair in metadata if pair[0][:_OWN_LENGTH] not in _OWN_PREFIXES)
 
 
 def note_span(place: Place) -> None:

@@ -51,14 +51,16 @@ class Plug:
             endpoint: Where clients reach the server; None: as it was given to `instrument`.
 
         Raises:
-            ValueError: No endpoint was given, or it was started before.
-            ShmcoordError: As `Segment.join`.
+            ValueError: No endpoint was given, or it was started or stopped before.
+            ShmcoordError: As `Segment.join`; it may be tried again.
         """
         endpoint = endpoint or self._membership.place.endpoint
         if endpoint is None:
             raise ValueError("say by endpoint= where clients reach the server")
         if self._membership.joined:
             raise ValueError("it was started before")
+        if self._membership.left:
+            raise ValueError("it was stopped before")
         self._membership.join(endpoint)
 
     def check_process(self) -> None:

@@ -145,7 +145,7 @@ class Search:
         longest_s = self._core.connect_timeout_s
         return Unreachable(f"no connection to {link.endpoint} within {longest_s:g} s")
 
-    def leave(self, lease: Lease, error: BaseException, adopts: bool) -> bool:
+    def leave(self, lease: Lease, error: BaseException, adopts: bool, proves: bool = True) -> bool:
         """Give a lease back after a failure; tell whether to go elsewhere, as `Course.leave`.
 
         Who waits for any node does so also when the budget of retries is spent, as long as nothing
@@ -155,7 +155,7 @@ class Search:
         if not isinstance(error, Unreachable):
             self._waits = False
         try:
-            return self._course.leave(lease, error, adopts)
+            return self._course.leave(lease, error, adopts, proves=proves)
         except NoneReachable:
             if self._waits:
                 return True

@@ -64,7 +64,7 @@ class Server(Serving, grpc.Server):
             try:
                 self._plug.start(endpoint)
             except BaseException:
-                self._plug.stop()  # whoever waits for the join is refused
+                self._plug.stop()  # who has come already waits for the join no longer
                 self._hang_up()
                 self._stopped.set()
                 raise
@@ -127,11 +127,11 @@ class Server(Serving, grpc.Server):
     def _hang_up(self) -> None:
         """End every connection, then the server; leave the segment."""
         try:
-            try:
-                for sleep_s in hang_up(self._endpoints):
-                    time.sleep(sleep_s)
-            except Exception:  # noqa: BLE001 - whatever went wrong, the server stops
-                _log.exception("node %s could not hang up", self._plug.name)
+            for sleep_s in hang_up(self._listeners):
+                time.sleep(sleep_s)
+        except Exception:  # noqa: BLE001 - whatever went wrong, the server stops
+            _log.exception("node %s could not end its connections", self._plug.name)
+        try:
             self._real.stop(None).wait()
         finally:
             self._plug.stop()

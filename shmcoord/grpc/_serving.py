@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from shmcoord.grpc._closing import Listeners
 from shmcoord.grpc._endpoint import endpoint_of
 from shmcoord.grpc._plug import Plug
 from shmcoord.node import Node
@@ -31,6 +32,7 @@ class Serving:
         self._plug = plug
         self._endpoint = endpoint
         self._endpoints: list[str] = []
+        self._listeners = Listeners()
 
     @property
     def node(self) -> Node:
@@ -64,13 +66,13 @@ class Serving:
         Raises:
             RuntimeError: The port is taken, or the address is none.
         """
-        port: int = self._real.add_insecure_port(address)
+        port = self._listeners.open(lambda: self._real.add_insecure_port(address))
         self._endpoints.append(endpoint_of(address, port))
         return port
 
     def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
         """As `add_insecure_port`, with TLS."""
-        port: int = self._real.add_secure_port(address, server_credentials)
+        port = self._listeners.open(lambda: self._real.add_secure_port(address, server_credentials))
         self._endpoints.append(endpoint_of(address, port))
         return port
 

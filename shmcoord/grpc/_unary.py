@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from sys import modules
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +22,25 @@ from shmcoord.grpc._calls import begin
 from shmcoord.grpc._common import LEASE_KEY, served_by
 from shmcoord.grpc._core import CLOSED, ChannelClosed, Core, Method
 from shmcoord.grpc._learning import learn
+from shmcoord.grpc._once import proves
 from shmcoord.grpc._outcome import refused
 from shmcoord.grpc._search import Search
 from shmcoord.grpc._served import TRACE, tell_node
 from shmcoord.transport._grpc_common import judge
 
 if TYPE_CHECKING:
+    from shmcoord.grpc._once import Leg
     from shmcoord.lease import Lease
     from shmcoord.transport._grpc_links import Link
 
 __all__ = ["RoutedStreamUnary", "RoutedUnaryUnary"]
 
 _monotonic = time.monotonic
+
+
+def _token_of(lease: Lease) -> str:
+    token: str = lease.token
+    return token
 
 
 class _Blocking:
@@ -70,12 +78,14 @@ class _Blocking:
             inner_wait: bool | None = False
         else:
             inner_wait = wait_for_ready
-        lease = link = None
+        lease = link = leg = None
         error: BaseException | None = None
         try:
-            lease = core.acquire(
-                core.group, core.max_wait_s if timeout is None else timeout, cost, key=key
-            )
+            lease = core.try_acquire(core.group, cost, key=key)
+            if lease is None:
+                lease = core.acquire(
+                    core.group, core.max_wait_s if timeout is None else timeout, cost, key=key
+                )
         except (NoBackend, Saturated) as reason:
             if timeout is None or timeout > 0.0:  # else there is no time, of which `_send` tells
                 error = reason
@@ -94,13 +104,15 @@ class _Blocking:
                         tell_node(lease, _monotonic() - began)
                     left_s = None if timeout is None else began + timeout - _monotonic()
                     keys = ((LEASE_KEY, lease.token), *sent)
+                    if core.legs is not None:
+                        leg = core.legs.begin(keys[0][1])
                     try:
                         if with_call or link.lessons:
                             response = call.with_call(
                                 request, left_s, keys, credentials, inner_wait, compression
                             )
                             if link.lessons:
-                                learn(link, response[1])
+                                learn(link, response[1], lease.node)
                             if not with_call:
                                 response = response[0]
                         else:
@@ -120,7 +132,9 @@ class _Blocking:
                     core.pool.give_back(link)
                     link = None
         options = (credentials, wait_for_ready, compression)
-        return self._send(request, timeout, ask, options, with_call, (began, lease, link, error))
+        return self._send(
+            request, timeout, ask, options, with_call, (began, lease, link, leg, error)
+        )
 
     def _send(
         self,
@@ -129,7 +143,7 @@ class _Blocking:
         ask: Ask,
         options: tuple[grpc.CallCredentials | None, bool | None, grpc.Compression | None],
         with_call: bool,
-        so_far: tuple[float, Lease | None, Link | None, BaseException | None],
+        so_far: tuple[float, Lease | None, Link | None, Leg | None, BaseException | None],
     ) -> Any:
         """Return the response (and the call), by any way.
 
@@ -139,12 +153,11 @@ class _Blocking:
             ask: What the router is asked for, and further metadata.
             options: Credentials, wait_for_ready and compression, as in grpcio.
             with_call: Whether the call is returned, too.
-            so_far: When it began; and the lease, the link and the error of the straight way, as
-                far as that led. With a link the real call has failed, without one it has not
-                begun.
+            so_far: When it began; and lease, link, leg and error of the straight way, as far as
+                that led. With a link the real call has failed, without one it has not begun.
         """
         core, method = self._core, self._method
-        began, lease, link, error = so_far
+        began, lease, link, leg, error = so_far
         del so_far
         credentials, wait_for_ready, compression = options
         search: Search | None = None
@@ -178,17 +191,20 @@ class _Blocking:
                     now = _monotonic()
                     tell_node(lease, now - began)
                     call = link.method(method.key, method.make)
+                    token = lease.token
+                    if core.legs is not None:
+                        leg = core.legs.begin(token)
                     sending = True
                     result = call.with_call(
                         request,
                         None if timeout is None else began + timeout - now,
-                        ((LEASE_KEY, lease.token), *ask.metadata),
+                        ((LEASE_KEY, token), *ask.metadata),
                         credentials,
                         False if wait_for_ready else wait_for_ready,
                         compression,
                     )
                     if link.lessons:
-                        learn(link, result[1])
+                        learn(link, result[1], lease.node)
                 except BaseException as reason:
                     error = None
                     if link is not None:
@@ -199,12 +215,15 @@ class _Blocking:
                         raise
                     if search is None:
                         search = Search(core, method.name, ask, began, timeout, wait_for_ready)
-                    judged = judge(reason) if isinstance(reason, grpc.RpcError) else reason
-                    if not search.leave(lease, judged, link is not None and link.adopts):
+                    judged: BaseException = reason
+                    if isinstance(reason, grpc.RpcError):
+                        judged = judge(reason, partial(_token_of, lease))
+                    adopts = link is not None and link.adopts
+                    if not search.leave(lease, judged, adopts, proves(leg)):
                         theirs = sending
                         raise
                     reason.__traceback__ = None  # or the search and this frame would be a cycle
-                    lease = link = None
+                    lease = link = leg = None
                     continue
                 lease.release()
                 core.pool.give_back(link)

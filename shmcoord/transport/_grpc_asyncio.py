@@ -56,7 +56,7 @@ class AsyncGrpcTransport:
                 raise budget.not_connected(endpoint, link.spent)
             return await call(request, timeout=budget.left_s(), metadata=((LEASE_KEY, lease),))
         except grpc.aio.AioRpcError as error:
-            judged = judge(error)
+            judged = judge(error, lambda: lease)
             if judged is error:
                 raise
             raise judged from error
@@ -89,7 +89,7 @@ class AsyncGrpcTransport:
             async for response in call:
                 yield response
         except grpc.aio.AioRpcError as error:
-            judged = judge(error)
+            judged = judge(error, lambda: lease)
             if judged is error:
                 raise
             raise judged from error

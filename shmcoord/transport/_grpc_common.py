@@ -16,7 +16,12 @@ LEASE_KEY = "shmcoord-lease"
 """Metadata key under which the lease token travels to the node."""
 
 LEASE_LOST_KEY = "shmcoord-lease-lost"
-"""Trailing metadata key by which a node says that it refused a lease before doing anything."""
+"""Trailing metadata key by which a node says that it refused a lease before doing anything.
+
+Its value is the token that was refused: a refusal that a gateway copied from elsewhere has another.
+"""
+
+_RETRY_KEY = "grpc-previous-rpc-attempts"
 
 REFUSED = "the lease was lost before the request came; nothing was done"
 
@@ -41,6 +46,11 @@ def token_in(metadata: Iterable[Any] | None) -> str | None:
         if key == LEASE_KEY:
             return value if isinstance(value, str) else value.decode("ascii", "replace")
     return None
+
+
+def is_retry(metadata: Iterable[Any] | None) -> bool:
+    """Whether a request is a repetition that gRPC itself has made by a service config (gRFC A6)."""
+    return any(pair[0] == _RETRY_KEY for pair in metadata or ())
 
 
 def without_retries(options: Options) -> Options:
@@ -86,8 +96,13 @@ class AioGrpcConnectionLost(ConnectionLost, grpc.aio.AioRpcError):
         return self.details() or "the connection was lost"
 
 
-def judge(error: grpc.RpcError) -> Exception:
-    """Return what a transport shall raise for gRPC's error: often the error itself."""
+def judge(error: grpc.RpcError, token: Callable[[], str]) -> Exception:
+    """Return what a transport shall raise for gRPC's error: often the error itself.
+
+    Args:
+        error: It.
+        token: Returns the token of the lease that was sent.
+    """
     code = error.code()
     trailing: Any = error.trailing_metadata() or ()
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -100,10 +115,10 @@ def judge(error: grpc.RpcError) -> Exception:
                 error.debug_error_string(),
             )
         return GrpcConnectionLost(error)
-    if code is grpc.StatusCode.FAILED_PRECONDITION and any(
-        key == LEASE_LOST_KEY for key, _ in trailing
-    ):
-        return LeaseLost(error.details() or REFUSED)
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        refused = [value for key, value in trailing if key == LEASE_LOST_KEY]
+        if refused and token() in refused:
+            return LeaseLost(error.details() or REFUSED)
     return error
 
 

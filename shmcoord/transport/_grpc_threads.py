@@ -60,7 +60,7 @@ class GrpcTransport:
                 raise budget.not_connected(endpoint, link.spent)
             return call(request, timeout=budget.left_s(), metadata=((LEASE_KEY, lease),))
         except grpc.RpcError as error:
-            judged = judge(error)
+            judged = judge(error, lambda: lease)
             if judged is error:
                 raise
             raise judged from error

@@ -77,10 +77,11 @@ def refuse_lost_lease(context: grpc.ServicerContext) -> NoReturn:
 
     The router's side then raises `LeaseLost`, and its dispatcher tries another node.
     """
-    context.set_trailing_metadata(((LEASE_LOST_KEY, "1"),))
+    context.set_trailing_metadata(((LEASE_LOST_KEY, lease_token(context) or ""),))
     context.abort(grpc.StatusCode.FAILED_PRECONDITION, REFUSED)
 
 
 async def refuse_lost_lease_async(context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
     """End a request of a grpc.aio server whose lease was lost; as `refuse_lost_lease`."""
-    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, REFUSED, ((LEASE_LOST_KEY, "1"),))
+    trailing = ((LEASE_LOST_KEY, lease_token(context) or ""),)
+    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, REFUSED, trailing)

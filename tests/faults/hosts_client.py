@@ -80,10 +80,8 @@ class Asker:
 
     def hold(self, team: str, count: int, host: str) -> int:
         """Take so many leases on the nodes of a team that live on one host."""
-        segments = dict(
-            zip(self._cluster.hosts, self._cluster.segments_at(self._host), strict=True)
-        )
-        router = shmcoord.Router(segments[host])
+        at = list(self._cluster.hosts).index(host)
+        router = shmcoord.Router(self._cluster.segments_at(self._host)[at])
         self._routers.append(router)
         self._held += [router.acquire(team) for _ in range(count)]
         return len(self._held)

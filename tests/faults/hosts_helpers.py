@@ -2,7 +2,8 @@
 
 Each host is a network namespace and a mount namespace, kept by a process that sleeps; a veth pair
 links it to a bridge device in one more network namespace, the switch, where its cable can be
-pulled.
+pulled. On loopback the hosts differ by their ports and by the names of their mirrors, and what can
+be cut is the link between their bridges.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bridge_peers import Relay
 from cluster_helpers import ROOT, free_ports, write_rows
 
 from shmcoord.bridge.keys import generate
@@ -100,9 +102,7 @@ class Switch:
 
     def inside(self, host: str) -> tuple[str, ...]:
         """The words before a command that run it on a host."""
-        # Whoever enters a mount namespace stands in its root.
-        enter = ("nsenter", "-t", str(self._at[host]), "-n", "-m", "--")
-        return (*enter, "env", "-C", str(ROOT))
+        return ("nsenter", "-t", str(self._at[host]), "-n", "-m", "--")
 
     def cable(self, number: int, *, plugged: bool) -> None:
         """Pull the cable of a host, or plug it in again."""
@@ -134,8 +134,7 @@ class Hosts:
     Args:
         folder: for configuration, keys and logs.
         nodes: for each host, its nodes.
-        namespaces: whether hosts are namespaces; else all are on loopback, and mirrors have
-            names of their own.
+        namespaces: whether hosts are namespaces; else all are on loopback.
         bridge: further lines for [bridge].
     """
 
@@ -150,17 +149,22 @@ class Hosts:
         self.addresses: dict[str, str] = {}
         self._ups: dict[str, subprocess.Popen[bytes]] = {}
         self._clients: list[Client] = []
+        self._relays: dict[tuple[str, str], Relay] = {}
         try:
             for number, host in enumerate(nodes, 1):
                 address = "127.0.0.1" if self.switch is None else self.switch.add(host, number)
                 self.addresses[host] = address
             write_rows(folder)
-            self.file = self._write()
+            self._write()
         except BaseException:
             self.close()
             raise
 
-    def _write(self) -> Path:
+    def file(self, host: str) -> Path:
+        """The configuration that a host has."""
+        return self.folder / f"{host}.toml"
+
+    def _write(self) -> None:
         names = {node: host for host, of_host in self.nodes.items() for node in of_host}
         if self.switch is None:
             *ports, _ = free_ports(len(names) + len(self.nodes) + 1)
@@ -168,26 +172,35 @@ class Hosts:
             ports = list(range(5000, 5000 + len(names) + len(self.nodes)))
         numbers = iter(ports)
         self.ports = {node: next(numbers) for node in names}
+        bridges = {host: next(numbers) for host in self.nodes}
+        generate(self.folder / "keys", {host: [at] for host, at in self.addresses.items()})
+        for host in self.nodes:
+            seen = dict(bridges)
+            if self.switch is None:  # of two hosts the first by name connects: over a relay
+                for other in self.nodes:
+                    if other > host:
+                        relay = self._relays[host, other] = Relay(bridges[other])
+                        seen[other] = relay.port
+            self.file(host).write_text("\n".join(self._lines(names, seen)))
+
+    def _lines(self, names: dict[str, str], bridges: dict[str, int]) -> list[str]:
         teams = list(dict.fromkeys(GREEN_PINK[node] for node in names))
         lines = [f"teams = {teams}", "[cluster]", "heartbeat_s = 0.2", "grace_s = 5.0"]
         lines += ["timeout_s = 20.0", "[data]", f'file = "{self.folder / "rows.csv"}"']
         lines += ['nulls = ["", "NA"]', 'group_by = "kind"', 'mean = "weight"']
         for host, address in self.addresses.items():
             lines += [f"[hosts.{host}]", f'segment = "{self.unique}_{host}"']
-            lines += [f'address = "{address}"', f'bridge = ["tls/{address}:{next(numbers)}"]']
+            lines += [f'address = "{address}"', f'bridge = ["tls/{address}:{bridges[host]}"]']
         lines += ["[bridge]", f'realm = "{self.unique}"', *self.bridge]
         if self.switch is None:
             lines.append('mirror = "{segment}.{host}"')
         lines += ["[bridge.tls]", 'ca = "keys/ca.pem"']
         lines += ['certificate = "keys/{host}.pem"', 'key = "keys/{host}.key"']
-        generate(self.folder / "keys", {host: [at] for host, at in self.addresses.items()})
         for node, host in names.items():
             role = "leader" if node == "A" else "worker"
             lines += [f"[nodes.{node}]", f'host = "{host}"', f'role = "{role}"']
             lines += [f"port = {self.ports[node]}", f'team = "{GREEN_PINK[node]}"']
-        path = self.folder / "cluster.toml"
-        path.write_text("\n".join(lines))
-        return path
+        return lines
 
     def words(self, host: str) -> tuple[str, ...]:
         """The words before a command that run it on a host."""
@@ -205,12 +218,13 @@ class Hosts:
                     [
                         *self.words(host),
                         *(sys.executable, "-m", "servers", "up", "--host", host),
-                        *("--config", str(self.file)),
+                        *("--config", str(self.file(host))),
                     ],
                     cwd=ROOT,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    env={**os.environ, "PYTHONPATH": str(ROOT)},  # nsenter leaves the folder
                     start_new_session=True,
                 )
         ends = time.monotonic() + 60.0
@@ -233,10 +247,6 @@ class Hosts:
                 elif "servers" in words and "bridge" in words:
                     found["bridge"] = process.pid
         return found
-
-    def codes(self) -> dict[str, int | None]:
-        """How `up` ended on each host; None: it has not."""
-        return {host: up.poll() for host, up in self._ups.items()}
 
     def signal(self, host: str, what: str, number: signal.Signals) -> None:
         """Send a signal to a process of a host."""
@@ -266,21 +276,30 @@ class Hosts:
             if own or path.name.endswith(f".{host}"):
                 path.unlink()
 
-    def cut(self, host: str, *, silent: bool = False) -> None:
-        """Pull a host's cable, or swallow its packets. On loopback there is none to pull."""
+    def swallow(self, host: str, *, swallows: bool) -> None:
+        """Let a host's packets vanish though its link is up, or not. In namespaces alone."""
         assert self.switch is not None
-        number = list(self.nodes).index(host) + 1
-        if silent:
-            self.switch.forward(number, forwards=False)
-        else:
-            self.switch.cable(number, plugged=False)
+        self.switch.forward(list(self.nodes).index(host) + 1, forwards=not swallows)
+
+    def codes(self) -> dict[str, int | None]:
+        """How `up` ended on each host; None: it has not."""
+        return {host: up.poll() for host, up in self._ups.items()}
+
+    def cut(self, host: str) -> None:
+        """Pull a host's cable; on loopback, cut the links of its bridge."""
+        if self.switch is not None:
+            self.switch.cable(list(self.nodes).index(host) + 1, plugged=False)
+        for pair, relay in self._relays.items():
+            if host in pair:
+                relay.cut()
 
     def heal(self, host: str) -> None:
-        """Undo either."""
-        assert self.switch is not None
-        number = list(self.nodes).index(host) + 1
-        self.switch.cable(number, plugged=True)
-        self.switch.forward(number, forwards=True)
+        """Mend that again."""
+        if self.switch is not None:
+            self.switch.cable(list(self.nodes).index(host) + 1, plugged=True)
+        for pair, relay in self._relays.items():
+            if host in pair:
+                relay.heal()
 
     def client(self, host: str) -> Client:
         """Somebody on a host who asks its gateway, and looks into its memory."""
@@ -303,6 +322,8 @@ class Hosts:
                 up.wait()
         if self.switch is not None:
             self.switch.close()
+        for relay in self._relays.values():
+            relay.close()
         for path in Path("/dev/shm").glob(f"{self.unique}_*"):
             path.unlink()
 
@@ -314,7 +335,7 @@ class Client:
         self._process = subprocess.Popen(
             [
                 *hosts.words(host),
-                *(sys.executable, str(_HERE / "hosts_client.py"), str(hosts.file), host),
+                *(sys.executable, str(_HERE / "hosts_client.py"), str(hosts.file(host)), host),
             ],
             cwd=ROOT,
             stdin=subprocess.PIPE,
