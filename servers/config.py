@@ -277,7 +277,8 @@ def _override(raw: dict[str, Any], base_port: int | None, suffix: str) -> None:
     for host in _tables(raw, "hosts").values():
         if suffix and isinstance(host.get("segment"), str):
             host["segment"] += suffix
-    bridge = raw.get("bridge")
+    bridged = any(host.get("bridge") for host in _tables(raw, "hosts").values())
+    bridge = raw.setdefault("bridge", {}) if bridged else raw.get("bridge")
     if suffix and isinstance(bridge, dict):
         bridge["realm"] = f"{bridge.get('realm', 'shmcoord')}{suffix}".replace(".", "-")
     for node in _tables(raw, "nodes").values():

