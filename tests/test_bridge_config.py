@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +84,9 @@ def host(**changes: Any) -> Callable[[], object]:
         (changed(hosts={}), "this host is 'h1'"),
         (changed(hosts={"h 1": {"listen": ["tcp/127.0.0.1:1"]}}), "hosts"),
         (changed(hosts={"h*": {"listen": ["tcp/127.0.0.1:1"]}}), "hosts"),
+        (changed(hosts={"h1\n": {"listen": ["tcp/127.0.0.1:1"]}}), "hosts"),
         (changed(realm="a/**"), "realm"),
+        (changed(realm="a\n"), "realm"),
         (changed(mode=0o400), "mode"),
         (changed(mode=0o677 - 0o100), "mode: 0o577 lacks 0600|mode"),
         (changed(mirror="all"), "mirror: it needs {segment}"),
@@ -101,6 +102,7 @@ def host(**changes: Any) -> Callable[[], object]:
         (host(listen=["tls/10.0.0.2:7002"]), "needs certificates"),
         (host(segments=["shm_1"]), "shm_1 is of host h1 already"),
         (host(segments=["no/name"]), "segments"),
+        (host(listen=["tcp/127.0.0.1:7001"]), "host h1 listens on 'tcp/127.0.0.1:7001' already"),
         (host(port=1), "port"),
     ],
 )
@@ -136,6 +138,10 @@ def test_certificates(tmp_path: Path) -> None:
     tls = config.engine_config().tls
     assert tls is not None
     assert tls.key == tmp_path / "keys" / "host1.key"
+    mixed = tmp_path / "mixed.toml"
+    mixed.write_text(EXAMPLE.read_text() + '[hosts.host9]\nlisten = ["tcp/127.0.0.1:7009"]\n')
+    with pytest.raises(BridgeConfigError, match=r"hosts\.host9\.listen: .*all hosts use TLS"):
+        load(mixed, host="host1")
     tls.key.chmod(0o640)
     with pytest.raises(BridgeConfigError, match=r"tls\.key: others may read .*chmod 600"):
         load(file, host="host1")
@@ -170,64 +176,3 @@ def test_two_hosts_of_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine_that_is_not_there() -> None:
     with pytest.raises(ShmcoordError, match="no bridge engine 'pigeons'"):
         check(parse({**GOOD, "engine": "pigeons"}, host="h1", source="f"))
-
-
-def test_keys(tmp_path: Path) -> None:
-    pytest.importorskip("cryptography", reason="the extra `bridge` is not installed")
-    from shmcoord.bridge.keys import KeysError, generate
-
-    folder = tmp_path / "keys"
-    made = generate(folder, {"a": ["10.0.0.1", "a.example"], "b": []})
-    assert {path.name for path in made} == {
-        *("ca.key", "ca.pem", "a.key", "a.pem", "b.key", "b.pem")
-    }
-    assert folder.stat().st_mode & 0o777 == 0o700
-    for path in made:
-        assert path.stat().st_mode & 0o777 == (0o600 if path.suffix == ".key" else 0o644)
-    ca = (folder / "ca.pem").read_bytes()
-    assert [path.name for path in generate(folder, {"c": []})] == ["c.key", "c.pem"]
-    assert (folder / "ca.pem").read_bytes() == ca
-    with pytest.raises(KeysError, match=r"a\.pem is there already"):
-        generate(folder, {"a": []})
-    with pytest.raises(KeysError, match="host name"):
-        generate(folder, {"a/b": []})
-    (folder / "ca.key").unlink()
-    with pytest.raises(KeysError, match="cannot be used"):
-        generate(folder, {"d": []})
-    assert not (folder / "d.pem").exists()
-    assert not [name for name in os.listdir(folder) if name.startswith(".")]
-
-
-def test_certificates_are_what_openssl_takes(tmp_path: Path) -> None:
-    pytest.importorskip("cryptography", reason="the extra `bridge` is not installed")
-    import ssl
-    import threading
-
-    from shmcoord.bridge.keys import generate
-
-    generate(tmp_path, {"a": ["127.0.0.1"], "b": []})
-    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tmp_path / "ca.pem"))
-    server.load_cert_chain(tmp_path / "a.pem", tmp_path / "a.key")
-    server.verify_mode = ssl.CERT_REQUIRED
-    client = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
-    client.load_cert_chain(tmp_path / "b.pem", tmp_path / "b.key")
-    names = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            plain, _ = listener.accept()
-            with plain, server.wrap_socket(plain, server_side=True) as secure:
-                shown = secure.getpeercert()
-                assert shown is not None
-                names.append(dict(pair[0] for pair in shown["subject"])["commonName"])  # type: ignore[misc]
-                secure.sendall(b"x")
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with (
-            socket.create_connection(listener.getsockname()) as plain,
-            client.wrap_socket(plain, server_hostname="127.0.0.1") as secure,
-        ):
-            assert secure.recv(1) == b"x"
-        thread.join()
-    assert names == ["b"]

@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ pytest.importorskip("zenoh", reason="the extra `bridge` is not installed")
 
 from bridge_peers import Heard, Peer, Relay
 
+from shmcoord.bridge import engine as module
 from shmcoord.bridge._memory import MemoryBridge, hub
 from shmcoord.bridge.engine import EngineConfig, EngineNotFound, Tls, engine
 from shmcoord.bridge.keys import generate
@@ -265,6 +267,33 @@ def test_a_frozen_host_blocks_nobody(net: Net) -> None:
     arrives(one, other, b"after")
 
 
+def test_a_host_that_stays_frozen_is_noticed_and_heard_again(net: Net) -> None:
+    if net.kind == "memory":
+        pytest.skip("nobody is told there: the age of the frames must do")
+    one, other = net.pair()
+    other.signal(signal.SIGSTOP)
+    took = one.wait(lambda: one.hints("h2") == ["up", "down"], "h2 does not answer")
+    assert took < 3.0  # a lease is 1 s
+    other.signal(signal.SIGCONT)
+    one.wait(lambda: one.hints("h2") == ["up", "down", "up"], "h2 is back")
+    arrives(one, other, b"after")
+    arrives(other, one, b"as well")
+
+
+def test_a_stop_waits_for_no_frozen_host(net: Net) -> None:
+    one, other = net.pair()
+    arrives(one, other, b"before")
+    other.signal(signal.SIGSTOP)
+    one.publish(*([bytes(100_000)] * 200))  # the link is full
+    assert one.stop() < 3.0
+    assert one.publish(b"too late")[0] == [False]
+    if net.kind != "memory":
+        begun = time.monotonic()
+        one.close()
+        assert time.monotonic() - begun < 3.0
+        assert one.process.returncode == 0
+
+
 def test_a_cut_link_heals(net: Net) -> None:
     one, other = net.pair()
     arrives(one, other, b"before")
@@ -308,3 +337,20 @@ def test_engines_are_found_by_name() -> None:
     assert engine("zenoh")().__class__.__name__ == "ZenohBridge"
     with pytest.raises(EngineNotFound, match="there are memory, zenoh"):
         engine("pigeons")
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("shmcoord.bridge._no_such:X", r"_no_such.*pip install shmcoord\[bridge\]"),
+        ("bridge_peers:NoSuchBridge", r"NoSuchBridge.*\(bridge_peers:NoSuchBridge\)"),
+        ("no_such_package.engine:X", r"no_such_package.*\(no_such_package\.engine:X\)"),
+    ],
+)
+def test_an_engine_that_cannot_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, value: str, why: str
+) -> None:
+    found = [metadata.EntryPoint("broken", value, module.ENTRY_POINTS)]
+    monkeypatch.setattr(module, "entry_points", lambda group: found)
+    with pytest.raises(EngineNotFound, match=why):
+        engine("broken")

@@ -15,8 +15,8 @@ pytest.importorskip("zenoh", reason="the extra `bridge` is not installed")
 
 from bridge_peers import Peer
 
-from shmcoord.bridge._zenoh import settings
-from shmcoord.bridge.engine import EngineConfig, Tls
+from shmcoord.bridge._zenoh import ZenohBridge, settings
+from shmcoord.bridge.engine import EngineConfig, EngineError, Tls
 from shmcoord.bridge.keys import generate
 
 HOSTS = ("h1", "h2", "h3")
@@ -27,6 +27,7 @@ ROGUE = """
 import zenoh
 zenoh.init_log_from_env_or("off")
 config = zenoh.Config()
+tokens = []
 for key, value in json.loads(sys.argv[1]).items():
     config.insert_json5(key, json.dumps(value))
 try:
@@ -37,7 +38,11 @@ except zenoh.ZError as error:
 token = session.liveliness().declare_token(sys.argv[2])
 say("open")
 for line in sys.stdin:
-    session.put(line.strip(), b"forged")
+    key = line.strip()
+    if "/alive/" in key:
+        tokens.append(session.liveliness().declare_token(key))
+    else:
+        session.put(key, b"forged")
     say(len(session.info.peers_zid()))
 """
 
@@ -85,22 +90,30 @@ def peer() -> Iterator[Callable[[EngineConfig], Peer]]:
 
 
 def rogue(
-    spawn: Callable[..., object], victim: EngineConfig, own: Tls | None, scheme: str = ""
+    spawn: Callable[..., object],
+    victim: EngineConfig,
+    own: Tls | None,
+    scheme: str = "",
+    host: str = "h2",
 ) -> object:
-    """A process that connects to the victim with these certificates and says what it likes."""
+    """A process that connects to the victim with these certificates and says what it likes.
+
+    It shows `host` alive. If the victim connects to somebody, it listens there instead.
+    """
     import json
 
     at = victim.listen[0]
     if scheme:
         at = f"{scheme}/{at.partition('/')[2]}"
     kind = at.partition("/")[0]
-    mine = EngineConfig(
-        "h9", victim.realm, (f"{kind}/127.0.0.1:{free_port()}",), (at,), ("h1",), own
-    )
+    listens, connects = (f"{kind}/127.0.0.1:{free_port()}",), (at,)
+    if victim.connect:
+        listens, connects = victim.connect, ()
+    mine = EngineConfig("h9", victim.realm, listens, connects, ("h1",), own)
     raw = settings(mine)
     raw.pop("access_control", None)
     raw["transport/link/protocols"] = ["tcp", "tls"]
-    return spawn(ROGUE, json.dumps(raw), f"shmcoord/{victim.realm}/alive/h2")
+    return spawn(ROGUE, json.dumps(raw), f"shmcoord/{victim.realm}/alive/{host}")
 
 
 def forge(child: object, victim: Peer, realm: str, host: str, *, wait_s: float = 3.0) -> bool:
@@ -137,6 +150,52 @@ def test_a_host_speaks_for_itself_alone(
     assert forge(child, h1, victim.realm, "h3")  # it is linked, and heard for itself
     assert not forge(child, h1, victim.realm, "h2", wait_s=0.5)
     assert h1.hints("h2") == []  # nor does it show anybody else alive
+
+
+#: Keys that are not of one host, yet meet what a victim listens to.
+WIDE = ("frame/*", "frame/**", "**", "frame/h$*", "*/h2", "frame/h3/**")
+
+
+def test_without_rules_a_wide_key_speaks_for_all(
+    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., object]
+) -> None:
+    """The control: that these keys are delivered where no rule stops them."""
+    victim = config(None)
+    h1 = peer(victim)
+    child = rogue(spawn, victim, None)
+    assert child.hear() == "open"  # type: ignore[attr-defined]
+    assert forge(child, h1, victim.realm, "h2")
+    for key in WIDE[:-1]:
+        before = len(h1.frames())
+        child.say(f"shmcoord/{victim.realm}/{key}")  # type: ignore[attr-defined]
+        h1.wait(lambda n=before: len(h1.frames()) > n, key)
+
+
+@pytest.mark.parametrize("who", ["connects", "is connected to"])
+def test_no_wide_key_gets_past_the_rules(
+    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., object], keys: Path, who: str
+) -> None:
+    """A host with a good certificate, whichever of the two sides it has of the connection."""
+    at = () if who == "connects" else (f"tls/127.0.0.1:{free_port()}",)
+    victim = config(keys, connect=at)
+    child = rogue(spawn, victim, tls(keys, "h3"), host="h3") if at else None
+    h1 = peer(victim)
+    child = child or rogue(spawn, victim, tls(keys, "h3"), host="h3")
+    assert child.hear() == "open"  # type: ignore[attr-defined]
+    assert forge(child, h1, victim.realm, "h3")
+    h1.wait(lambda: h1.hints("h3"), "h3 is there")
+    for key in (*WIDE, "frame/h2", "alive/h2", "alive/*", "alive/**"):
+        child.say(f"shmcoord/{victim.realm}/{key}")  # type: ignore[attr-defined]
+        child.hear()  # type: ignore[attr-defined]
+    time.sleep(0.1)
+    count = len(h1.frames("h3"))
+    child.say(f"shmcoord/{victim.realm}/frame/h3")  # type: ignore[attr-defined]
+    child.hear()  # type: ignore[attr-defined]
+    h1.wait(lambda: len(h1.frames("h3")) > count, "h3 is heard")
+    # What was said before has come by now, or never.
+    assert {heard.host for heard in h1.heard} == {"h3"}
+    assert h1.hints("h3") == ["up"]
+    assert len(h1.frames("h3")) == count + 1
 
 
 def test_a_certificate_of_no_known_host_says_nothing(
@@ -215,6 +274,43 @@ def _datagram_sockets(pid: int) -> int:
     import psutil
 
     return len(psutil.Process(pid).net_connections("udp"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"listen": ("tcp/10.0.0.1:7447",)}, "needs TLS"),
+        ({"connect": ("tcp/10.0.0.1:7447",)}, "needs TLS"),
+        ({"listen": ("tcp/0.0.0.0:7447",), "insecure": True}, "name an address"),
+        ({"listen": ("udp/127.0.0.1:7447",)}, "not of the form"),
+        ({"listen": ("tls/127.0.0.1:7447",)}, "needs certificates"),
+        ({"hosts": ("*",)}, "no name of a host"),
+        ({"hosts": ("h2", "h2/x")}, "no name of a host"),
+        ({"realm": "**"}, "no name of a host or realm"),
+        ({"hosts": ("h1", "h2")}, "h1 is this host"),
+    ],
+)
+def test_what_would_be_open_to_others_does_not_start(changes: dict[str, object], why: str) -> None:
+    """The engine itself refuses, whoever made its configuration."""
+    bridge = ZenohBridge()
+    with pytest.raises(EngineError, match=why):
+        bridge.start(config(None, **changes), Nobody())
+    bridge.stop()
+
+
+def test_with_certificates_no_link_is_without(keys: Path) -> None:
+    with pytest.raises(EngineError, match="all hosts use TLS"):
+        ZenohBridge().start(config(keys, connect=("tcp/127.0.0.1:7447",)), Nobody())
+
+
+class Nobody:
+    """Hears nothing."""
+
+    def on_frame(self, host: str, frame: bytes) -> None:
+        raise AssertionError
+
+    def on_host(self, host: str, up: bool) -> None:
+        raise AssertionError
 
 
 def test_an_address_that_is_taken_is_an_error(peer: Callable[[EngineConfig], Peer]) -> None:

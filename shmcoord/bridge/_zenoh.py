@@ -12,21 +12,28 @@ spawned.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import zenoh
 
+from shmcoord.bridge.endpoints import NAME, endpoint_problem
 from shmcoord.bridge.engine import EngineConfig, EngineError, LinkState, Listener
 
 __all__ = ["ZenohBridge", "settings"]
+
+_log = logging.getLogger("shmcoord.bridge")
 
 _PREFIX = "shmcoord"
 # How long a full queue is waited for before a frame is dropped: the next one says more.
 _DROP_AFTER_US = 1_000
 _RETRY_MS = (100, 500)  # between two tries to connect: first, and most
+# A link whose other end does not read holds Zenoh's close up for ten seconds.
+_CLOSE_S = 1.0
 # What one host may send; a receiver assembles no more.
 _MESSAGE_BYTES_MAX = 16 << 20
 
@@ -109,6 +116,19 @@ def _keys(config: EngineConfig, host: str) -> list[str]:
     return [f"{_PREFIX}/{config.realm}/{what}/{host}" for what in ("frame", "alive")]
 
 
+def _check(config: EngineConfig) -> None:
+    """Refuse what would be heard by, or would hear, more than it says."""
+    for name in (config.realm, config.host, *config.hosts):
+        if not NAME.fullmatch(name):
+            raise EngineError(f"{name!r} is no name of a host or realm: {NAME.pattern}")
+    if config.host in config.hosts:
+        raise EngineError(f"{config.host} is this host, and named among the others")
+    for at in (*config.listen, *config.connect):
+        problem = endpoint_problem(at, has_tls=config.tls is not None, insecure=config.insecure)
+        if problem is not None:
+            raise EngineError(problem)
+
+
 class ZenohBridge:
     """Carries frames over Zenoh."""
 
@@ -122,8 +142,9 @@ class ZenohBridge:
 
     def start(self, config: EngineConfig, listener: Listener) -> None:
         """Listen and begin to connect."""
-        # Of its own routing it tells as errors what an access rule has made of a message.
-        zenoh.init_log_from_env_or("error,zenoh::net::routing=off")
+        _check(config)
+        # It writes to the standard output, which is not ours: only for who asks, by RUST_LOG.
+        zenoh.try_init_log_from_env()  # type: ignore[no-untyped-call]
         chosen = zenoh.Config()
         try:
             for key, value in settings(config).items():
@@ -189,16 +210,32 @@ class ZenohBridge:
         return LinkState(connected, self._dropped, f"Zenoh, {peers} links")
 
     def stop(self) -> None:
-        """Undeclare, so that the others are told at once, and close."""
+        """Undeclare, so that the others are told at once, and close.
+
+        Where a link is full and its other end does not read, Zenoh tries for ten seconds; that goes
+        on in a thread which ends with it, or with the process.
+        """
         session, self._session = self._session, None
         if session is None:
             return
         self._publisher = None
-        for one in reversed(self._declared):
-            one.undeclare()
-        self._declared = []
+        declared, self._declared = self._declared, []
+        closing = threading.Thread(
+            target=_close, args=(session, declared), name="bridge_close", daemon=True
+        )
+        closing.start()
+        closing.join(_CLOSE_S)
+        if closing.is_alive():
+            _log.warning("a host does not read what it is sent: not waiting until Zenoh has closed")
         with self._lock:
             self._connected.clear()
+
+
+def _close(session: zenoh.Session, declared: list[Any]) -> None:
+    for one in reversed(declared):
+        with contextlib.suppress(zenoh.ZError):  # its link has been given up
+            one.undeclare()
+    with contextlib.suppress(zenoh.ZError):  # that it took too long
         session.close()  # type: ignore[no-untyped-call]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import ipaddress
 import re
 import socket
 import stat
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from shmcoord.bridge.endpoints import NAME, endpoint_problem, is_loopback
 from shmcoord.bridge.engine import EngineConfig, Tls
 from shmcoord.errors import ShmcoordError
 
@@ -22,9 +22,9 @@ __all__ = ["BridgeConfig", "BridgeConfigError", "HostConfig", "load", "parse"]
 # The standard library has it from 3.11 on.
 _toml: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
-_HOST = r"^[A-Za-z0-9_-]{1,63}$"
-_SEGMENT = r"^[A-Za-z0-9_.-]{1,64}$"
-_ENDPOINT = re.compile(r"(?P<kind>tls|tcp)/(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]/:]+):(?P<port>\d+)")
+# Not `$`, which would let a line feed follow.
+_HOST = rf"^{NAME.pattern}\Z"
+_SEGMENT = r"^[A-Za-z0-9_.-]{1,64}\Z"
 
 # Engines whose addresses are checked here; others check what they are told themselves.
 _OURS = ("memory", "zenoh")
@@ -107,7 +107,7 @@ class BridgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def is_loopback(self) -> bool:
         """Whether all hosts are this machine."""
         known = [at for host in self.hosts.values() for at in host.listen]
-        return bool(known) and all(map(_is_loopback, known))
+        return bool(known) and all(map(is_loopback, known))
 
     def mirror_name(self, segment: str) -> str:
         """Return the name that a mirror of a segment has on this host."""
@@ -178,12 +178,20 @@ def parse(raw: Mapping[str, Any], *, host: str | None = None, source: str) -> Br
 def _problems(config: BridgeConfig) -> list[str]:
     found = []
     owners: dict[str, str] = {}
+    listeners: dict[str, str] = {}
     for name, host in config.hosts.items():
         if config.engine in _OURS:
             if not host.listen:
                 found.append(f"hosts.{name}.listen: where does its bridge listen?")
             for at in host.listen:
-                found += [f"hosts.{name}.listen: {text}" for text in _endpoint_problems(at, config)]
+                problem = endpoint_problem(
+                    at, has_tls=config.tls is not None, insecure=config.insecure
+                )
+                if problem is not None:
+                    found.append(f"hosts.{name}.listen: {problem}")
+                listener = listeners.setdefault(at, name)
+                if listener != name:
+                    found.append(f"hosts.{name}.listen: host {listener} listens on {at!r} already")
         for segment in host.segments:
             owner = owners.setdefault(segment, name)
             if owner != name:
@@ -214,19 +222,6 @@ def _problems(config: BridgeConfig) -> list[str]:
     return found
 
 
-def _endpoint_problems(at: str, config: BridgeConfig) -> list[str]:
-    match = _ENDPOINT.fullmatch(at)
-    if match is None or not 0 < int(match["port"]) < 65536:
-        return [f"{at!r} is not of the form tls/ADDRESS:PORT or tcp/ADDRESS:PORT"]
-    if match["host"].strip("[]") in ("0.0.0.0", "::", "*"):
-        return [f"{at!r}: others connect to it, so name an address of the host"]
-    if match["kind"] == "tls" and config.tls is None:
-        return [f"{at!r}: needs certificates, see [tls] and `shmcoord bridge-keys`"]
-    if match["kind"] == "tcp" and not config.insecure and not _is_loopback(at):
-        return [f"{at!r}: others can reach it, so it needs TLS (tls/...), or insecure = true"]
-    return []
-
-
 def _file_problems(config: BridgeConfig) -> list[str]:
     tls = config.engine_config().tls
     assert tls is not None
@@ -242,14 +237,3 @@ def _file_problems(config: BridgeConfig) -> list[str]:
         if key == "key" and stat.S_IMODE(path.stat().st_mode) & 0o077:
             found.append(f"tls.key: others may read {path}: chmod 600 it")
     return found
-
-
-def _is_loopback(at: str) -> bool:
-    match = _ENDPOINT.fullmatch(at)
-    host = match["host"].strip("[]") if match else ""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -124,7 +124,7 @@ def engine(name: str) -> Callable[[], Bridge]:
     """Return what makes an engine, by its name.
 
     Raises:
-        EngineNotFound: None of that name is installed, or it lacks a package.
+        EngineNotFound: None of that name is installed, or it cannot be loaded.
     """
     found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in found:
@@ -132,8 +132,9 @@ def engine(name: str) -> Callable[[], Bridge]:
         raise EngineNotFound(f"no bridge engine {name!r} is installed; there are {there}")
     try:
         return cast("Callable[[], Bridge]", found[name].load())
-    except ModuleNotFoundError as error:
+    except (ImportError, AttributeError) as error:
+        ours = found[name].module.partition(".")[0] == "shmcoord"
+        advice = ": pip install shmcoord[bridge]" if ours else f" ({found[name].value})"
         raise EngineNotFound(
-            f"the bridge engine {name!r} needs {error.name}, which is missing: "
-            "pip install shmcoord[bridge]"
+            f"the bridge engine {name!r} cannot be loaded: {error}{advice}"
         ) from error
