@@ -27,6 +27,8 @@ _log = logging.getLogger("shmcoord.bridge")
 
 # How often the sender looks for what cannot wait, in seconds: one scan of some load words.
 _LOOK_EVERY_S = 0.01
+# How often `run` looks whether a signal has come, in seconds.
+_WAKE_EVERY_S = 0.2
 # Frames that wait to be written; of more, the new ones are dropped (they are all alike, and after a
 # burst it is the later ones, with new times, that count).
 _WAITING_MOST = 4096
@@ -129,7 +131,10 @@ class BridgeService:
         """
         self.start()
         try:
-            self._stopped.wait()
+            # A signal may interrupt any thread, Zenoh's too; Python runs its handler in this one,
+            # and only when it is awake.
+            while not self._stopped.wait(_WAKE_EVERY_S):
+                pass
         finally:
             self.close()
         if self._failed is not None:
