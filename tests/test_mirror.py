@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from helpers import Child, Raw, wait_until
-from hypothesis import given, settings
+from helpers import MEMBERSHIP_LOCK, SHM, Child, Raw, ofd_lock, wait_until
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shmcoord import (
@@ -40,6 +43,7 @@ class Pair:
         self.here = Segment.open(here, slots=16, leases=LEASES)
         self.origin = Origin(self.there)
         self.mirror = Mirror(self.here, HERE, SUSPECT_S)
+        self.node: Node | None = None
 
     def join(self, name: str = "B", **options: Any) -> Node:
         """A node there, shown here."""
@@ -291,6 +295,280 @@ def test_no_bytes_do_harm(new_name: Callable[[], str]) -> None:
             lease.release()
     assert not node.left
     pair.close()
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_whatever_bytes_come_the_row_stays_whole(shared_pair: Pair, data: st.DataObject) -> None:
+    """Raw bytes, cut anywhere: refused or counted; no cell of a router is touched, none leaks."""
+    pair = shared_pair
+    [member] = pair.origin.members()
+    whos = st.sampled_from([member.slot | member.generation << 32, member.slot, 2**64 - 1, 0])
+    words = st.one_of(whos, st.integers(0, 2**64 - 1), st.integers(0, 40))
+    entries = b"".join(
+        struct.pack("<Q", word) for word in data.draw(st.lists(words, max_size=60))
+    ) + data.draw(st.binary(max_size=9))
+    with Router(pair.here) as router:
+        lease = router.acquire("G")
+        try:
+            unknown = pair.mirror.apply(entries, data.draw(st.integers(0, 2**64 - 1)))
+        except ValueError:
+            pass
+        else:
+            assert 0 <= unknown <= len(entries) // 8
+        raw = Raw(pair.here.name)
+        slot = pair.here.backend("B").info.slot
+        reserved = [cell for cell in raw.cells(slot) if cell >> 62 == 1]
+        assert len(reserved) == 1, "the router's own"
+        assert raw.taken() <= LEASES
+        lease.release()
+    pair.tell()
+    assert raw.taken() == 0
+    assert pair.queue() == 0
+    assert raw.number("hot", "owed", 8, slot) == 0
+
+
+@pytest.fixture
+def shared_pair(pair: Pair) -> Pair:
+    """One pair for all examples of a property: each leaves it as it was."""
+    pair.node = pair.join(capacity=4)
+    return pair
+
+
+# What refuses may not be raised: the bridge has other nodes to show.
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"slot": -1},
+        {"slot": 4096},  # no segment has it, and an entry could not name it
+        {"generation": -1},
+        {"generation": 1 << 32},
+        {"node": ""},
+        {"node": "x" * 64},
+        {"node": "\x1b[31m"},
+        {"node": "\ud800"},
+        {"group": ""},
+        {"endpoint": "x" * 256},
+        {"weight": float("nan")},
+        {"weight": 10**400},
+        {"slow_start_s": float("inf")},
+        {"slow_start_s": -1.0},
+        {"gauges": [f"g{i}" for i in range(17)]},
+        {"gauges": ["a", "a"]},
+        {"gauges": ["not an identifier"]},
+        {"capacity": None},
+    ],
+)
+def test_members_that_cannot_be_are_refused_alone(pair: Pair, wrong: dict[str, Any]) -> None:
+    good = Member(1, 1, "good", "G", "e", 4, 1.0, [], 0.0)
+    bad = Member(2, 1, "bad", "G", "e", 4, 1.0, [], 0.0)._replace(**wrong)
+    [(member, error)] = pair.mirror.set_members(7, [bad, good])
+    assert member is bad
+    assert isinstance(error, (ValueError, TypeError, OverflowError))
+    assert pair.mirror.nodes == ("good",)
+    assert [status.node for status in pair.here.snapshot()] == ["good"]
+
+
+@pytest.mark.parametrize(("told", "shown"), [(0, 1), (-5, 1), (4, 4), (10**30, LEASES)])
+def test_capacity_is_what_the_row_has_at_most(pair: Pair, told: int, shown: int) -> None:
+    assert pair.mirror.set_members(7, [Member(1, 1, "B", "G", "e", told, 1.0, [], 0.0)]) == []
+    assert pair.here.status("B").capacity == shown
+
+
+def test_an_entry_is_of_its_generation_alone(pair: Pair) -> None:
+    """Two members in one slot is nonsense; still neither gets what was told of the other."""
+    members = [Member(1, g, f"N{g}", "G", "e", 4, 1.0, [], 0.0) for g in (1, 2)]
+    assert pair.mirror.set_members(7, members) == []
+    entry = [1 | 1 << 32, 3 << 48 | 3, *[0] * 8]
+    assert pair.mirror.apply(struct.pack("<10Q", *entry), 0) == 0
+    assert [(s.node, s.queue) for s in pair.here.snapshot()] == [("N1", 3), ("N2", 0)]
+    assert pair.mirror.apply(struct.pack("<10Q", 1 | 3 << 32, *entry[1:]), 0) == 1
+    assert pair.mirror.set_members(7, members[1:]) == []
+    assert pair.mirror.apply(struct.pack("<10Q", *entry), 0) == 1
+    assert pair.mirror.apply(struct.pack("<10Q", 1 | 2 << 32, *entry[1:]), 0) == 0
+    assert [(s.node, s.queue) for s in pair.here.snapshot()] == [("N2", 3)]
+
+
+def test_an_entry_with_other_gauges_is_not_of_the_node(pair: Pair) -> None:
+    node = pair.join(gauges=("kv",))
+    [member] = pair.origin.members()
+    node.publish(kv=0.5)
+    pair.tell()
+    who = member.slot | member.generation << 32
+    for gauges in (0, 2):
+        entry = [who | gauges << 16, 3 << 48 | 3, *[0] * (8 + gauges)]
+        assert pair.mirror.apply(struct.pack(f"<{len(entry)}Q", *entry), 0) == 1
+    assert (pair.queue(), pair.here.status("B").gauges) == (0, {"kv": 0.5})
+
+
+def test_what_stands_before_the_fault_is_written(pair: Pair) -> None:
+    node = pair.join()
+    node.waiting = 4
+    with pytest.raises(ValueError, match="cut off"):
+        pair.mirror.apply(pair.origin.entries(full=True) + struct.pack("<Q", 1), 0)
+    assert pair.queue() == 4
+
+
+# --- whose it is
+
+
+def test_a_join_and_a_mirror_at_once_see_each_other(pair: Pair, name: str) -> None:
+    """A node has looked whether this is a mirror, a bridge marks it, and only then it claims."""
+    errors: list[Exception] = []
+
+    def join() -> None:
+        try:
+            own.join("mine", group="G", endpoint="e")
+        except SegmentForbidden as error:
+            errors.append(error)
+
+    with Segment.open(name) as own:
+        with ofd_lock(SHM / name, MEMBERSHIP_LOCK):
+            thread = threading.Thread(target=join)
+            thread.start()
+            time.sleep(0.1)  # it is past its look, and waits for the lock
+            mirror = Mirror(own, HERE, SUSPECT_S)
+        thread.join(10.0)
+        assert "mirrors a segment of another host" in str(errors[0])
+        assert own.snapshot() == ()
+        assert mirror.set_members(7, [Member(1, 1, "B", "G", "e", 4, 1.0, [], 0.0)]) == []
+        mirror.leave()
+
+
+def test_a_refused_mirror_leaves_the_segment_as_it_was(name: str) -> None:
+    with Segment.open(name) as own, own.join("mine", group="G", endpoint="e"):
+        with pytest.raises(SegmentForbidden):
+            Mirror(own, HERE, SUSPECT_S)
+        assert Raw(name).number("sync", "mirror", 8) == 0
+        with own.join("more", group="G", endpoint="e"):
+            pass
+
+
+def test_dead_nodes_of_this_host_are_no_obstacle(
+    name: str, spawn_node: Callable[..., Child]
+) -> None:
+    spawn_node(name, "mine").kill()
+    with Segment.open(name) as own:
+        assert [status.health for status in own.snapshot()] == [Health.DEAD]
+        mirror = Mirror(own, HERE, SUSPECT_S)
+        assert own.snapshot() == ()
+        mirror.leave()
+
+
+def test_what_a_killed_bridge_showed_does_not_stay(pair: Pair, spawn: Callable[..., Child]) -> None:
+    """Nodes that left meanwhile are not told of any more: nobody would clear their slots."""
+    child = spawn(
+        "from shmcoord.mirror import Mirror\nfrom shmcoord.origin import Member\n"
+        "mirror = Mirror(Segment.open(name), 5, 5.0)\n"
+        "mirror.set_members(7, [Member(i, 1, f'N{i}', 'G', 'e', 4, 1.0, [], 0.0) "
+        "for i in range(3)])\nsay('shown')\nhear()",
+        pair.here.name,
+    )
+    assert child.hear() == "shown"
+    assert len(pair.here.snapshot()) == 3
+    child.kill()
+    again = Mirror(pair.here, HERE, SUSPECT_S)
+    assert again.set_members(7, [Member(0, 1, "N0", "G", "e", 4, 1.0, [], 0.0)]) == []
+    assert [(s.node, s.health) for s in pair.here.snapshot()] == [("N0", Health.ALIVE)]
+    again.leave()
+
+
+def test_a_bridge_that_ends_leaves(pair: Pair, spawn: Callable[..., Child]) -> None:
+    child = spawn(
+        "from shmcoord.mirror import Mirror\nfrom shmcoord.origin import Member\n"
+        "mirror = Mirror(Segment.open(name), 5, 5.0)\n"
+        "mirror.set_members(7, [Member(1, 1, 'B', 'G', 'e', 4, 1.0, [], 0.0)])\n"
+        "say('shown')\nhear()",
+        pair.here.name,
+    )
+    assert child.hear() == "shown"
+    assert child.finish() == 0
+    assert pair.here.snapshot() == ()
+
+
+def test_a_mirror_that_nobody_holds_leaves(pair: Pair) -> None:
+    node = pair.join()
+    with node.request():
+        pair.tell()
+    assert [status.node for status in pair.here.snapshot()] == ["B"]
+    del pair.mirror
+    gc.collect()
+    assert pair.here.snapshot() == ()
+    assert Raw(pair.here.name).taken() == 0
+    pair.mirror = Mirror(pair.here, HERE, SUSPECT_S)
+
+
+def test_a_closed_mirror_only_leaves(pair: Pair) -> None:
+    node = pair.join()
+    pair.here.close()
+    for use in (
+        lambda: pair.mirror.apply(b"", 0),
+        pair.mirror.suspect,
+        pair.members,
+        lambda: Mirror(pair.here, HERE, SUSPECT_S),
+    ):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+    with Segment.attach(pair.here.name) as observer:
+        assert [status.node for status in observer.snapshot()] == ["B"]
+        pair.mirror.leave()
+        assert observer.snapshot() == ()
+    assert not node.left
+
+
+def test_a_fork_of_the_bridge_keeps_nothing(pair: Pair) -> None:
+    """The child can use nothing of it, and its end changes nothing."""
+    node = pair.join()
+    with node.request():
+        pair.tell()
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            said = []
+            for use in (
+                lambda: pair.mirror.apply(b"", 0),
+                pair.mirror.suspect,
+                lambda: pair.mirror.set_members(pair.mirror.incarnation, ()),
+                pair.mirror.leave,
+                pair.origin.mark,
+                lambda: Mirror(pair.here, HERE, SUSPECT_S),
+                lambda: Origin(pair.there).members(),
+            ):
+                try:
+                    use()
+                except Exception as error:  # noqa: BLE001
+                    said.append(type(error).__name__)
+                else:
+                    said.append("nothing")
+            said.append(",".join(pair.mirror.nodes))
+            os.write(write, " ".join(said).encode())
+            del pair.mirror, pair.origin
+            gc.collect()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        os.close(write)
+        with open(read, encoding="ascii") as file:
+            assert file.read() == "ForkedHandle " * 7 + "B"
+        assert pair.here.status("B").health is Health.ALIVE
+        assert pair.queue() == 1
+    pair.tell()
+    assert pair.queue() == 0
+
+
+@pytest.mark.parametrize("suspect_after_s", [0, -1.0, 0.002, 1e5, float("nan")])
+def test_suspicion_needs_a_time(pair: Pair, suspect_after_s: float) -> None:
+    with pytest.raises(ValueError, match="suspect_after_s must be between"):
+        Mirror(pair.here, HERE, suspect_after_s)
+
+
+@pytest.mark.parametrize("mapping", [None, "name", 3])
+def test_only_a_segment_is_a_mirror(mapping: Any) -> None:
+    with pytest.raises(TypeError):
+        Mirror(mapping, HERE, SUSPECT_S)
 
 
 # --- shares
