@@ -175,12 +175,17 @@ cdef class StandIn:
         if value != before:
             store_relaxed_u64(&self.participant.entry.overflow, value)
             word_add_inflight(self.hot, generation, <int64_t>value - <int64_t>before)
-        before = load_relaxed_u64(&self.hot.owed)
-        if owed != before:
-            store_release_u64(&self.hot.owed, owed)
-            fence_seqcst()
-            if owed < before:
-                notify_all(self.m)
+        self.owe(owed)
+
+    cdef void owe(self, uint64_t cells) noexcept:
+        """Have routers leave so many cells free; who waits for capacity is told if it is less."""
+        cdef uint64_t before = load_relaxed_u64(&self.hot.owed)
+        if cells == before:
+            return
+        store_release_u64(&self.hot.owed, cells)
+        fence_seqcst()  # before the look at who waits, who looks after he has said so
+        if cells < before:
+            notify_all(self.m)
 
     cdef void let_one_go(self) noexcept:
         """Free one of the cells that we hold; those above the capacity first."""
@@ -225,6 +230,15 @@ cdef StandIn _stand_in(Mapping mapping, uint64_t incarnation, double suspect_aft
     return self
 
 
+cdef void _mark(mapping_t* m, uint64_t host) noexcept:
+    """Mark the segment, before anybody looks who is in it.
+
+    A node that joins meanwhile looks for the mark once it is there: one sees the other.
+    """
+    store_release_u64(&m.sync.mirror, host)
+    fence_seqcst()
+
+
 cdef class Mirror:
     """The mirror of one segment of another host, kept by this process.
 
@@ -262,10 +276,8 @@ cdef class Mirror:
                 f"{3600 * SUSPECT_INTERVALS} seconds, not {suspect_after_s}"
             )
         reap_all(mapping)  # what the bridge before us held, if it was killed
-        # Marked first, then looked: a node that joins meanwhile looks at the mark when it is there.
         before = load_relaxed_u64(&mapping.m.sync.mirror)
-        store_release_u64(&mapping.m.sync.mirror, host)
-        fence_seqcst()
+        _mark(mapping.m, host)
         for slot in range(mapping.m.slots):
             info = read_info(mapping.m, slot)
             if (

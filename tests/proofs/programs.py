@@ -59,6 +59,10 @@ ORDERS = {
     "owner_is_dead": ("cells.pxd", ["load_acquire"]),
     "sweep_row": ("cells.pyx", ["load_acquire"]),
     "set_state": ("node.pyx", ["load_relaxed", "cas_seqcst"]),
+    "_refuse_mirror": ("node.pyx", ["load_seqcst"]),
+    "_mark": ("mirror.pyx", ["store_release", "fence_seqcst"]),
+    "owe": ("mirror.pyx", ["load_relaxed", "store_release", "fence_seqcst"]),
+    "_has_room": ("lease.pyx", ["load_seqcst", "load_relaxed"]),
 }
 
 _CALL = re.compile(

@@ -526,3 +526,51 @@ def test_control_wake() -> None:
     # A ticket taken with seq_cst does not by itself order the relaxed look behind it in C11. (It
     # does on aarch64, where it is an LDAR, and on x86, where counting is a full barrier.)
     assert _wake(_FREE, [count, R("release_word", "seq_cst"), R("cell")])[0]
+
+
+def _either_looks(first: list[Action], second: list[Action]) -> tuple[bool, int]:
+    """Whether both may miss what the other has stored: their last loads are both 0."""
+    found, graphs = outcomes(first, second)
+    loads = sum(isinstance(action, (R, U)) for action in first)
+    return any(o[loads - 1] == 0 and o[-1] == 0 for o in found), graphs
+
+
+_BITMAP, _MIRROR = U("bitmap", 0, 1, "seq_cst"), R("mirror", "seq_cst")
+#: `_occupy`, then `_refuse_mirror` of `join_node`.
+_JOIN: list[Action] = [_BITMAP, _MIRROR]
+#: `_mark`, then `read_info` of `Mirror`.
+_MARK: list[Action] = [W("mirror", 1, "release"), F("seq_cst"), R("bitmap", "acquire")]
+
+
+def test_a_join_and_a_bridge_cannot_miss_each_other() -> None:
+    """A node of this host in a mirror would be told of as another host's."""
+    missed, graphs = _either_looks(_JOIN, _MARK)
+    report(f"join against mirror: {graphs} graphs")
+    assert not missed
+
+
+def test_control_join() -> None:
+    assert _either_looks(_JOIN, [_MARK[0], _MARK[2]])[0], "no fence"
+    assert _either_looks(_JOIN, [_MARK[0], F("acq_rel"), _MARK[2]])[0]
+    assert _either_looks([_BITMAP, R("mirror", "acquire")], _MARK)[0]
+    # To look before the claim alone misses a bridge that comes in between.
+    found, _ = outcomes([_MIRROR, _BITMAP], _MARK)
+    assert any(o[0] == 0 and o[-1] == 0 for o in found)
+
+
+_COUNT: list[Action] = [U("waiters", 0, 1, "seq_cst"), R("release_word", "seq_cst")]
+#: `owe` (1 stands for "nothing is owed any more"), then `notify_all`.
+_OWE: list[Action] = [W("owed", 1, "release"), F("seq_cst"), R("waiters", "seq_cst")]
+
+
+def test_a_place_owed_no_more_and_a_waiter_cannot_miss_each_other() -> None:
+    """Who waits says so before he looks, in `_has_room`, what is owed."""
+    missed, graphs = _either_looks([*_COUNT, R("owed", "seq_cst")], _OWE)
+    report(f"owed against waiter: {graphs} graphs")
+    assert not missed
+
+
+def test_control_owed() -> None:
+    assert _either_looks([*_COUNT, R("owed", "seq_cst")], [_OWE[0], _OWE[2]])[0], "no fence"
+    assert _either_looks([*_COUNT, R("owed", "acquire")], _OWE)[0]
+    assert _either_looks([U("waiters", 0, 1), R("owed", "seq_cst")], _OWE)[0]
