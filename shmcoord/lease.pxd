@@ -58,6 +58,7 @@ cdef class Lease:
     cdef uint64_t* cell
     cdef uint64_t value
     cdef uint32_t index
+    cdef uint32_t host           # of a node of another host: our id, which the token carries there
     cdef bint _free(self) noexcept
 
 cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full)

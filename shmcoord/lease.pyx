@@ -81,6 +81,8 @@ cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full
     lease.index = <uint32_t>index
     lease.value = value
     lease.cost = cost
+    if backend.info.origin_incarnation != 0:
+        lease.host = <uint32_t>load_relaxed_u64(&m.sync.mirror)
     return lease
 
 
@@ -180,7 +182,7 @@ cdef class Lease:
         if info.origin_incarnation:
             return (
                 f"2-{info.origin_incarnation:x}-{info.origin_slot:x}-{info.origin_generation:x}-"
-                f"{load_relaxed_u64(&self.owner.mapping.m.sync.mirror):x}-{self.cost:x}"
+                f"{self.host:x}-{self.cost:x}"
             )
         return (
             f"1-{self.owner.mapping.m.incarnation:x}-{self.backend.info.slot:x}-"

@@ -57,7 +57,8 @@ cdef class StandIn:
     cdef void stamp(self, uint64_t at_ns) noexcept:
         """Show that news of the time `at_ns` (CLOCK_MONOTONIC) has come; late if it is suspect."""
         # Routers judge by the coarse clock, which is up to a tick (10 ms at 100 Hz) behind.
-        cdef uint64_t late = mono_ns() - self.late_ns - 20_000_000
+        cdef uint64_t now = mono_ns()
+        cdef uint64_t late = now - min(self.late_ns + 20_000_000, now)
         if self.is_suspect:
             # Once, and not again: in another time namespace only a beat that stands still is late.
             if load_relaxed_u64(&self.hot.beat_ns) <= late:
@@ -239,6 +240,37 @@ cdef void _mark(mapping_t* m, uint64_t host) noexcept:
     fence_seqcst()
 
 
+cdef int _keep(Mapping mapping, uint32_t host) except -1:
+    """Mark the segment as the one in which `host` shows others, unless somebody else is in it.
+
+    The tokens of leases carry the mark, so that of another host's bridge, which is wrong here, must
+    not replace that of the one that is at work.
+    """
+    cdef uint32_t slot
+    cdef uint64_t before = load_relaxed_u64(&mapping.m.sync.mirror)
+    cdef NodeInfo info
+    if before == 0:
+        _mark(mapping.m, host)
+    for slot in range(mapping.m.slots):
+        info = read_info(mapping.m, slot)
+        if info is None or not slot_is_alive(mapping.m, slot):
+            continue
+        if info.origin_incarnation == 0:
+            store_release_u64(&mapping.m.sync.mirror, before)
+            raise SegmentForbidden(
+                f"segment {mapping.name} has nodes of this host ({info.node}, pid {info.pid}): "
+                "give the mirror another name"
+            )
+        if before != 0 and before != host:
+            raise SegmentForbidden(
+                f"segment {mapping.name} is kept by the bridge of another host (pid {info.pid}): "
+                "give the mirror another name"
+            )
+    if before != 0 and before != host:
+        _mark(mapping.m, host)  # of a host whose bridge is gone
+    return 0
+
+
 cdef class Mirror:
     """The mirror of one segment of another host, kept by this process.
 
@@ -248,7 +280,8 @@ cdef class Mirror:
         suspect_after_s: news older than this makes its nodes SUSPECT, seconds.
 
     Raises:
-        SegmentForbidden: nodes of this host are in it, or it is attached read-only.
+        SegmentForbidden: nodes of this host are in it, or another host's bridge keeps it, or it is
+            attached read-only.
         ValueError: no such host, or time.
 
     Not for several threads at once.
@@ -262,9 +295,6 @@ cdef class Mirror:
     cdef dict names              # (slot, generation) -> its name
 
     def __cinit__(self, Mapping mapping not None, uint32_t host, double suspect_after_s):
-        cdef uint32_t slot
-        cdef uint64_t before
-        cdef NodeInfo info
         mapping.check()
         if not 1 <= host <= SHMC_OP_MAX:
             raise ValueError(f"host must be an id between 1 and {SHMC_OP_MAX}, not {host}")
@@ -276,19 +306,7 @@ cdef class Mirror:
                 f"{3600 * SUSPECT_INTERVALS} seconds, not {suspect_after_s}"
             )
         reap_all(mapping)  # what the bridge before us held, if it was killed
-        before = load_relaxed_u64(&mapping.m.sync.mirror)
-        _mark(mapping.m, host)
-        for slot in range(mapping.m.slots):
-            info = read_info(mapping.m, slot)
-            if (
-                info is not None and info.origin_incarnation == 0
-                and slot_is_alive(mapping.m, slot)
-            ):
-                store_release_u64(&mapping.m.sync.mirror, before)
-                raise SegmentForbidden(
-                    f"segment {mapping.name} has nodes of this host ({info.node}, pid {info.pid}): "
-                    "give the mirror another name"
-                )
+        _keep(mapping, host)
         self.mapping = mapping
         self.host = host
         self.suspect_after_s = suspect_after_s
@@ -305,9 +323,14 @@ cdef class Mirror:
 
         Returns:
             For each that could not be shown, the member and the error.
+
+        Raises:
+            SegmentForbidden: another host's bridge keeps the segment by now.
         """
         cdef StandIn one
         self.mapping.check()
+        if load_relaxed_u64(&self.mapping.m.sync.mirror) != self.host:
+            _keep(self.mapping, self.host)
         if incarnation == 0:
             raise ValueError("no segment has the incarnation 0")
         wanted = {(member.slot, member.generation): member for member in members}

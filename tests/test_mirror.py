@@ -28,7 +28,7 @@ from shmcoord import (
     State,
 )
 from shmcoord.mirror import Mirror
-from shmcoord.origin import Member, Origin
+from shmcoord.origin import Member, Origin, host_id
 
 # --- what is shown
 
@@ -204,6 +204,42 @@ def test_two_bridges_do_not_share_a_mirror(pair: Pair) -> None:
     assert member.node == "B"
     assert isinstance(error, NodeExists)
     assert not node.left
+
+
+def test_the_bridge_of_a_host_of_another_name_changes_nothing(pair: Pair) -> None:
+    """The tokens of leases carry our id: with another's, what is ours would count twice here."""
+    node = pair.join(capacity=8)
+    with pytest.raises(SegmentForbidden, match="bridge of another host"):
+        Mirror(pair.here, host_id("h3"), SUSPECT_S)
+    with Router(pair.here) as router:
+        leases = [router.acquire("G") for _ in range(2)]
+        with node.adopt(leases[0].token), node.adopt(leases[1].token):
+            pair.tell()
+            assert pair.queue() == node.inflight == 2
+        for lease in leases:
+            lease.release()
+
+
+def test_a_host_of_another_name_takes_over_what_was_left(pair: Pair) -> None:
+    """And the other way round: who shows somebody keeps it."""
+    node = pair.join(capacity=8)
+    former, other = pair.mirror, host_id("h3")
+    former.leave()
+    pair.mirror = Mirror(pair.here, other, SUSPECT_S)
+    with Router(pair.here) as router:
+        for host in (other, HERE):
+            assert pair.members() == []
+            pair.tell()
+            with router.acquire("G") as lease, node.adopt(lease.token):
+                assert lease.token.split("-")[4] == f"{host:x}"
+                pair.tell()
+                assert pair.queue() == 1
+            if host == other:
+                with pytest.raises(SegmentForbidden, match="bridge of another host"):
+                    former.set_members(pair.origin.incarnation, pair.origin.members())
+                assert former.nodes == ()
+                pair.mirror.leave()
+                pair.mirror = former
 
 
 def test_nodes_of_this_host_and_mirrors_keep_apart(pair: Pair, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
 import threading
 import time
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from mirror_helpers import HERE, LEASES, SUSPECT_S, Pair, wait_for_a_lease
 
 from shmcoord import (
+    ForkedHandle,
     Health,
     LeaseLost,
     LeaseReleased,
@@ -427,6 +429,23 @@ def test_tokens_name_the_node_there(pair: Pair) -> None:
             assert node.inflight == 3
         with pytest.raises(LeaseLost):
             node.adopt(f"1-{incarnation}-{slot}-{generation}-0-0")
+
+
+def test_a_fork_may_read_a_token_and_not_use_the_lease(pair: Pair) -> None:
+    """The memory of the mirror is not there in the child: what a lease says is its own."""
+    node = pair.join()
+    with Router(pair.here) as router, router.acquire("G", cost=3) as lease:
+        token = lease.token
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(ForkedHandle):
+                lease.release()
+                os._exit(1)
+            os._exit(0 if (lease.token, lease.node, lease.cost) == (token, "B", 3) else 2)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert pair.queue() == 3
+        with node.adopt(token):
+            assert lease.token == token
 
 
 @pytest.mark.parametrize(
