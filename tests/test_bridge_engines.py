@@ -298,11 +298,10 @@ def test_a_cut_link_heals(net: Net) -> None:
     one, other = net.pair()
     arrives(one, other, b"before")
     net.cut()
-    before = len(other.frames("h1"))
     for _ in range(20):
         one.publish(b"lost")
         time.sleep(0.01)
-    assert len(other.frames("h1")) <= before + 1  # one may have been under way
+    assert other.frames("h1").count(b"lost") <= 1  # one may have been under way
     net.heal()
     arrives(one, other, b"after", 15.0)
     arrives(other, one, b"as well", 15.0)
