@@ -47,6 +47,9 @@
  *   published, moves beats and progress only when news arrives (so their age is the age of what is
  *   known), and holds, as RUNNING(node), as many cells as requests of other hosts the real node has.
  *   Routers reserve here as anywhere; the lease is a reservation among the routers of this host.
+ *   Requests of others that find no free cell below the capacity, since routers of this host have
+ *   them, stand above it, or nowhere where the row is full: hot.owed counts both, and routers leave
+ *   so many free cells alone. Else two hosts that once took the same place would both keep it.
  *   sync.mirror is the id of the host that looks, which the token of a lease carries away.
  *
  * Turns (hot.turn of a router): who waits for capacity, in which order
@@ -171,7 +174,7 @@ typedef struct {
     uint32_t bell;        /* a router's: 1 if a datagram to its socket wakes it, 0 if the futex */
     uint64_t group;       /* claimer: shmc_hash of the node's group */
     shmc_turn turn[SHMC_TURNS]; /* a router's */
-    uint64_t reserved1;
+    uint64_t owed; /* of a mirrored node, its bridge only: see Mirror above; 0 of all others */
 } shmc_hot;
 
 /* From a link to its futex word, as set_robust_list(2) wants it. */
@@ -315,6 +318,7 @@ _Static_assert(offsetof(shmc_hot, wake) == 72, "wake");
 _Static_assert(offsetof(shmc_hot, bell) == 76, "bell");
 _Static_assert(offsetof(shmc_hot, group) == 80, "group");
 _Static_assert(offsetof(shmc_hot, turn) == 88, "turn");
+_Static_assert(offsetof(shmc_hot, owed) == 120, "owed");
 
 _Static_assert(sizeof(shmc_decisions) == sizeof(shmc_record), "a router's record");
 _Static_assert(offsetof(shmc_decisions, entry) == 64, "entry");

@@ -73,6 +73,7 @@ cdef extern from "_layout.h" nogil:
         uint32_t bell
         uint64_t group
         shmc_turn turn[2]
+        uint64_t owed
 
     ctypedef struct shmc_record:
         uint64_t seq

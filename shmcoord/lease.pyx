@@ -29,6 +29,20 @@ COST_MAX = SHMC_COST_MAX
 cdef bint _making = False
 
 
+cdef bint _has_room(const shmc_hot* hot, const uint64_t* row, uint32_t capacity) noexcept nogil:
+    """Whether a mirrored node has a free cell that is not owed to requests of other hosts.
+
+    Two routers that ask at once may both find the last one; the cells themselves stay exact.
+    """
+    cdef uint64_t owed = load_seqcst_u64(&hot.owed), free = 0
+    cdef uint32_t i
+    if owed == 0:
+        return True
+    for i in range(capacity):
+        free += load_relaxed_u64(&row[i]) == 0
+    return free > owed
+
+
 cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full):
     """A lease on the node, or None: `full` tells whether for want of a cell or of an open node."""
     global _making
@@ -41,6 +55,9 @@ cdef Lease reserve(Backend backend, Participant owner, uint32_t cost, bint* full
     )
     cdef int index
     cdef Lease lease
+    if backend.info.origin_incarnation != 0 and not _has_room(hot, row, backend.info.capacity):
+        full[0] = True
+        return None
     # The object first: whoever holds a cell must be able to give it back.
     before = _making
     _making = True

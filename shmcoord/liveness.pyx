@@ -283,6 +283,7 @@ cdef Participant _occupy(Mapping mapping, uint32_t kind, shmc_meta* meta, uint32
     store_relaxed_u32(&hot.failures, 0)
     store_relaxed_u32(&hot.wake, 0)
     store_relaxed_u32(&hot.bell, 0)
+    store_relaxed_u64(&hot.owed, 0)
     store_relaxed_u64(&hot.group, shmc_hash(meta.group, strnlen(meta.group, SHMC_NAME_BYTES)))
     for i in range(<uint32_t>SHMC_TURNS):
         store_relaxed_u64(&hot.turn[i].ticket, 0)

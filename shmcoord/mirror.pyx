@@ -20,9 +20,9 @@ from shmcoord._layout cimport *
 from shmcoord._posix cimport mono_ns, wall_ns
 from shmcoord.cells cimport cell_cost, cell_make, notify_all, slot_is_alive
 from shmcoord.lease cimport free_cell, take_cell
-from shmcoord.liveness cimport Participant, claim
+from shmcoord.liveness cimport Participant, claim, reap_all
 from shmcoord.node cimport fill_meta
-from shmcoord.segment cimport Mapping, mapping_t
+from shmcoord.segment cimport MAPPING_FORKED, Mapping, mapping_t
 from shmcoord.status cimport NodeInfo, read_info, record_write, word_add_inflight, word_state
 
 import logging
@@ -58,8 +58,11 @@ cdef class StandIn:
         """Show that news of the time `at_ns` (CLOCK_MONOTONIC) has come; late if it is suspect."""
         # Routers judge by the coarse clock, which is up to a tick (10 ms at 100 Hz) behind.
         cdef uint64_t late = mono_ns() - self.late_ns - 20_000_000
-        if self.is_suspect and at_ns > late:
-            at_ns = late
+        if self.is_suspect:
+            # Once, and not again: in another time namespace only a beat that stands still is late.
+            if load_relaxed_u64(&self.hot.beat_ns) <= late:
+                return
+            at_ns = min(at_ns, late)
         store_relaxed_u64(&self.hot.beat_ns, at_ns)
         store_release_u64(&self.hot.beats, load_relaxed_u64(&self.hot.beats) + 1)
         store_release_u64(&self.hot.progress_ns, at_ns)
@@ -113,11 +116,12 @@ cdef class StandIn:
     cdef void hold(self, uint32_t cells, uint64_t cost) noexcept:
         """Hold that many cells of that cost in sum: the requests of others.
 
-        What the row has no room for is counted in `overflow`, as a node counts its own.
+        What the row has no room for is counted in `overflow`, as a node counts its own. What finds
+        no free cell below the capacity is owed one: the next that is free is not for our routers.
         """
         cdef uint32_t owner = self.participant.slot, generation = self.participant.generation
         cdef uint32_t i, each, most = min(cells, self.m.leases)
-        cdef uint64_t value, in_cells = 0, before
+        cdef uint64_t value, in_cells = 0, before, owed = cells
         cdef int index
         while self.held > most:
             self.let_one_go()
@@ -165,11 +169,18 @@ cdef class StandIn:
                         self.hot, generation, <int64_t>cell_cost(value) - <int64_t>before
                     )
             in_cells += cell_cost(self.value[i])
+            owed -= self.at[i] < self.capacity
         before = load_relaxed_u64(&self.participant.entry.overflow)
         value = cost - in_cells if cost > in_cells else 0
         if value != before:
             store_relaxed_u64(&self.participant.entry.overflow, value)
             word_add_inflight(self.hot, generation, <int64_t>value - <int64_t>before)
+        before = load_relaxed_u64(&self.hot.owed)
+        if owed != before:
+            store_release_u64(&self.hot.owed, owed)
+            fence_seqcst()
+            if owed < before:
+                notify_all(self.m)
 
     cdef void let_one_go(self) noexcept:
         """Free one of the cells that we hold; those above the capacity first."""
@@ -190,6 +201,8 @@ cdef StandIn _stand_in(Mapping mapping, uint64_t incarnation, double suspect_aft
     """Join the mirror in the place of a node of another host."""
     cdef shmc_meta meta
     cdef StandIn self = StandIn.__new__(StandIn)
+    if not 0 <= member.slot < SHMC_SLOTS_MAX:
+        raise ValueError(f"no node is in slot {member.slot}")
     capacity = min(max(member.capacity, 1), mapping.m.leases)
     fill_meta(
         &meta, mapping, member.node, member.group, member.endpoint, capacity, member.weight,
@@ -221,7 +234,8 @@ cdef class Mirror:
         suspect_after_s: news older than this makes its nodes SUSPECT, seconds.
 
     Raises:
-        SegmentForbidden: nodes of this host are in it.
+        SegmentForbidden: nodes of this host are in it, or it is attached read-only.
+        ValueError: no such host, or time.
 
     Not for several threads at once.
     """
@@ -231,23 +245,34 @@ cdef class Mirror:
     cdef double suspect_after_s
     cdef readonly uint64_t incarnation  # of the segment that it shows; 0: not known yet
     cdef dict standing           # (slot, generation) of the real node -> StandIn
-    cdef dict by_slot            # slot of the real node -> StandIn
     cdef dict names              # (slot, generation) -> its name
 
-    def __cinit__(self, Mapping mapping, uint32_t host, double suspect_after_s):
+    def __cinit__(self, Mapping mapping not None, uint32_t host, double suspect_after_s):
         cdef uint32_t slot
+        cdef uint64_t before
         cdef NodeInfo info
         mapping.check()
         if not 1 <= host <= SHMC_OP_MAX:
             raise ValueError(f"host must be an id between 1 and {SHMC_OP_MAX}, not {host}")
         if not mapping.m.writable:
             raise SegmentForbidden(f"segment {mapping.name} is attached read-only")
+        if not 0.001 <= suspect_after_s / SUSPECT_INTERVALS <= 3600:
+            raise ValueError(
+                f"suspect_after_s must be between {0.001 * SUSPECT_INTERVALS:g} and "
+                f"{3600 * SUSPECT_INTERVALS} seconds, not {suspect_after_s}"
+            )
+        reap_all(mapping)  # what the bridge before us held, if it was killed
+        # Marked first, then looked: a node that joins meanwhile looks at the mark when it is there.
+        before = load_relaxed_u64(&mapping.m.sync.mirror)
+        store_release_u64(&mapping.m.sync.mirror, host)
+        fence_seqcst()
         for slot in range(mapping.m.slots):
             info = read_info(mapping.m, slot)
             if (
                 info is not None and info.origin_incarnation == 0
                 and slot_is_alive(mapping.m, slot)
             ):
+                store_release_u64(&mapping.m.sync.mirror, before)
                 raise SegmentForbidden(
                     f"segment {mapping.name} has nodes of this host ({info.node}, pid {info.pid}): "
                     "give the mirror another name"
@@ -256,9 +281,7 @@ cdef class Mirror:
         self.host = host
         self.suspect_after_s = suspect_after_s
         self.standing = {}
-        self.by_slot = {}
         self.names = {}
-        store_release_u64(&mapping.m.sync.mirror, host)
 
     @property
     def nodes(self):
@@ -275,10 +298,10 @@ cdef class Mirror:
         self.mapping.check()
         if incarnation == 0:
             raise ValueError("no segment has the incarnation 0")
+        wanted = {(member.slot, member.generation): member for member in members}
         if incarnation != self.incarnation:
             self.leave()
             self.incarnation = incarnation
-        wanted = {(member.slot, member.generation): member for member in members}
         for key in [key for key in self.standing if key not in wanted]:
             self._drop(key)
         refused = []
@@ -287,11 +310,10 @@ cdef class Mirror:
                 continue
             try:
                 one = _stand_in(self.mapping, incarnation, self.suspect_after_s, member)
-            except (ShmcoordError, ValueError, TypeError, OverflowError) as error:
+            except (ShmcoordError, OSError, ValueError, TypeError, OverflowError) as error:
                 refused.append((member, error))
                 continue
             self.standing[key] = one
-            self.by_slot[member.slot] = one
             self.names[key] = member.node
             _log.info(
                 "%s: node %s of group %s is shown", self.mapping.name, member.node, member.group
@@ -326,11 +348,8 @@ cdef class Mirror:
             count = E_FIXED + gauges + shares
             if gauges > SHMC_GAUGES_MAX or count > left:
                 raise ValueError("an entry is cut off, or has more gauges than there can be")
-            one = <StandIn>self.by_slot.get(at[E_WHO] & 0xFFFF)
-            if (
-                one is None or (at[E_WHO] & 0xFFFF, at[E_WHO] >> 32) not in self.standing
-                or one.gauges != gauges
-            ):
+            one = <StandIn>self.standing.get((at[E_WHO] & 0xFFFF, at[E_WHO] >> 32))
+            if one is None or one.gauges != gauges:
                 unknown += 1
             else:
                 memcpy(entry, at, count * sizeof(uint64_t))
@@ -352,13 +371,17 @@ cdef class Mirror:
             one.is_suspect = before
 
     def leave(self):
-        """Show nobody any more."""
+        """Show nobody any more.
+
+        Raises:
+            ForkedHandle: the mirror is the parent process's.
+        """
+        if self.mapping.m.state == MAPPING_FORKED:
+            self.mapping.check()
         for key in list(self.standing):
             self._drop(key)
 
     def _drop(self, key):
         cdef StandIn one = <StandIn>self.standing.pop(key)
-        if self.by_slot.get(key[0]) is one:
-            del self.by_slot[key[0]]
         _log.info("%s: node %s is no longer shown", self.mapping.name, self.names.pop(key))
         one.participant.leave()

@@ -102,6 +102,15 @@ cdef int fill_meta(shmc_meta* meta, Mapping segment, str name, str group, str en
     return 0
 
 
+cdef int _refuse_mirror(Mapping segment) except -1:
+    if load_seqcst_u64(&segment.m.sync.mirror) != 0:
+        raise SegmentForbidden(
+            f"{segment.name} mirrors a segment of another host: nodes join there; if that is no "
+            "longer so, unlink it"
+        )
+    return 0
+
+
 cdef Node join_node(Mapping segment, str name, str group, str endpoint, object capacity,
                     object weight, object interval_s, tuple gauges, object slow_start_s):
     global _making
@@ -110,16 +119,17 @@ cdef Node join_node(Mapping segment, str name, str group, str endpoint, object c
     cdef Node self
     cdef Participant participant
     segment.check()
-    if load_relaxed_u64(&segment.m.sync.mirror) != 0:
-        raise SegmentForbidden(
-            f"{segment.name} mirrors a segment of another host: nodes join there; if that is no "
-            "longer so, unlink it"
-        )
+    _refuse_mirror(segment)
     fill_meta(
         &meta, segment, name, group, endpoint, capacity, weight, interval_s, gauges, slow_start_s
     )
 
     participant = claim(segment, SHMC_KIND_NODE, &meta, name)
+    try:
+        _refuse_mirror(segment)  # a bridge marks it and then looks for us: one sees the other
+    except SegmentForbidden:
+        participant.leave()
+        raise
     before = _making
     _making = True
     self = Node.__new__(Node)

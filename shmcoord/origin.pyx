@@ -65,7 +65,7 @@ cdef class Origin:
     Not for several threads at once.
     """
 
-    def __cinit__(self, Mapping mapping):
+    def __cinit__(self, Mapping mapping not None):
         self.mapping = mapping
         self.judge = Judge(mapping)
         self.infos = [None] * mapping.m.slots
@@ -178,7 +178,7 @@ cdef class Origin:
         cdef uint64_t* row = m.cells + <size_t>info.slot * m.leases
         cdef uint64_t* out = self.found
         cdef uint64_t words[32]
-        cdef uint64_t word, cell
+        cdef uint64_t word, cell, until
         cdef uint32_t gauges = <uint32_t>len(info.gauge_names)
         cdef uint32_t i, taken = 0, shares = 0
         cdef uint64_t* share
@@ -201,7 +201,9 @@ cdef class Origin:
         out[E_SERVED] = words[SHMC_R_SERVED]
         out[E_FAILED] = words[SHMC_R_FAILED]
         out[E_LATENCY] = words[SHMC_R_LATENCY_S]
-        out[E_UPTIME_NS] = now - words[SHMC_R_STARTED_MONO_NS]
+        # The clock of another time namespace is not ours: its own time of its last publication.
+        until = now if info.same_clock else words[SHMC_R_PUBLISHED_MONO_NS]
+        out[E_UPTIME_NS] = until - min(words[SHMC_R_STARTED_MONO_NS], until)
         for i in range(gauges):
             out[E_FIXED + i] = words[SHMC_R_GAUGES + i]
         share = out + E_FIXED + gauges

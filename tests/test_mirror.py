@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
+import random
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from helpers import Child, Raw, wait_until
-from hypothesis import given, settings
+from helpers import MEMBERSHIP_LOCK, SHM, Child, Raw, ofd_lock, wait_until
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shmcoord import (
     Health,
     LeaseLost,
+    LeaseReleased,
     NoBackend,
     Node,
     NodeExists,
@@ -25,8 +31,10 @@ from shmcoord import (
     SegmentForbidden,
     State,
 )
+from shmcoord.dispatch import Dispatcher, NoneReachable
 from shmcoord.mirror import Mirror
 from shmcoord.origin import Member, Origin, host_id
+from shmcoord.transport import ConnectionLost
 
 HERE, LEASES = host_id("h1"), 8
 SUSPECT_S = 5.0
@@ -40,6 +48,7 @@ class Pair:
         self.here = Segment.open(here, slots=16, leases=LEASES)
         self.origin = Origin(self.there)
         self.mirror = Mirror(self.here, HERE, SUSPECT_S)
+        self.node: Node | None = None
 
     def join(self, name: str = "B", **options: Any) -> Node:
         """A node there, shown here."""
@@ -293,6 +302,280 @@ def test_no_bytes_do_harm(new_name: Callable[[], str]) -> None:
     pair.close()
 
 
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_whatever_bytes_come_the_row_stays_whole(shared_pair: Pair, data: st.DataObject) -> None:
+    """Raw bytes, cut anywhere: refused or counted; no cell of a router is touched, none leaks."""
+    pair = shared_pair
+    [member] = pair.origin.members()
+    whos = st.sampled_from([member.slot | member.generation << 32, member.slot, 2**64 - 1, 0])
+    words = st.one_of(whos, st.integers(0, 2**64 - 1), st.integers(0, 40))
+    entries = b"".join(
+        struct.pack("<Q", word) for word in data.draw(st.lists(words, max_size=60))
+    ) + data.draw(st.binary(max_size=9))
+    with Router(pair.here) as router:
+        lease = router.acquire("G")
+        try:
+            unknown = pair.mirror.apply(entries, data.draw(st.integers(0, 2**64 - 1)))
+        except ValueError:
+            pass
+        else:
+            assert 0 <= unknown <= len(entries) // 8
+        raw = Raw(pair.here.name)
+        slot = pair.here.backend("B").info.slot
+        reserved = [cell for cell in raw.cells(slot) if cell >> 62 == 1]
+        assert len(reserved) == 1, "the router's own"
+        assert raw.taken() <= LEASES
+        lease.release()
+    pair.tell()
+    assert raw.taken() == 0
+    assert pair.queue() == 0
+    assert raw.number("hot", "owed", 8, slot) == 0
+
+
+@pytest.fixture
+def shared_pair(pair: Pair) -> Pair:
+    """One pair for all examples of a property: each leaves it as it was."""
+    pair.node = pair.join(capacity=4)
+    return pair
+
+
+# What refuses may not be raised: the bridge has other nodes to show.
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"slot": -1},
+        {"slot": 4096},  # no segment has it, and an entry could not name it
+        {"generation": -1},
+        {"generation": 1 << 32},
+        {"node": ""},
+        {"node": "x" * 64},
+        {"node": "\x1b[31m"},
+        {"node": "\ud800"},
+        {"group": ""},
+        {"endpoint": "x" * 256},
+        {"weight": float("nan")},
+        {"weight": 10**400},
+        {"slow_start_s": float("inf")},
+        {"slow_start_s": -1.0},
+        {"gauges": [f"g{i}" for i in range(17)]},
+        {"gauges": ["a", "a"]},
+        {"gauges": ["not an identifier"]},
+        {"capacity": None},
+    ],
+)
+def test_members_that_cannot_be_are_refused_alone(pair: Pair, wrong: dict[str, Any]) -> None:
+    good = Member(1, 1, "good", "G", "e", 4, 1.0, [], 0.0)
+    bad = Member(2, 1, "bad", "G", "e", 4, 1.0, [], 0.0)._replace(**wrong)
+    [(member, error)] = pair.mirror.set_members(7, [bad, good])
+    assert member is bad
+    assert isinstance(error, (ValueError, TypeError, OverflowError))
+    assert pair.mirror.nodes == ("good",)
+    assert [status.node for status in pair.here.snapshot()] == ["good"]
+
+
+@pytest.mark.parametrize(("told", "shown"), [(0, 1), (-5, 1), (4, 4), (10**30, LEASES)])
+def test_capacity_is_what_the_row_has_at_most(pair: Pair, told: int, shown: int) -> None:
+    assert pair.mirror.set_members(7, [Member(1, 1, "B", "G", "e", told, 1.0, [], 0.0)]) == []
+    assert pair.here.status("B").capacity == shown
+
+
+def test_an_entry_is_of_its_generation_alone(pair: Pair) -> None:
+    """Two members in one slot is nonsense; still neither gets what was told of the other."""
+    members = [Member(1, g, f"N{g}", "G", "e", 4, 1.0, [], 0.0) for g in (1, 2)]
+    assert pair.mirror.set_members(7, members) == []
+    entry = [1 | 1 << 32, 3 << 48 | 3, *[0] * 8]
+    assert pair.mirror.apply(struct.pack("<10Q", *entry), 0) == 0
+    assert [(s.node, s.queue) for s in pair.here.snapshot()] == [("N1", 3), ("N2", 0)]
+    assert pair.mirror.apply(struct.pack("<10Q", 1 | 3 << 32, *entry[1:]), 0) == 1
+    assert pair.mirror.set_members(7, members[1:]) == []
+    assert pair.mirror.apply(struct.pack("<10Q", *entry), 0) == 1
+    assert pair.mirror.apply(struct.pack("<10Q", 1 | 2 << 32, *entry[1:]), 0) == 0
+    assert [(s.node, s.queue) for s in pair.here.snapshot()] == [("N2", 3)]
+
+
+def test_an_entry_with_other_gauges_is_not_of_the_node(pair: Pair) -> None:
+    node = pair.join(gauges=("kv",))
+    [member] = pair.origin.members()
+    node.publish(kv=0.5)
+    pair.tell()
+    who = member.slot | member.generation << 32
+    for gauges in (0, 2):
+        entry = [who | gauges << 16, 3 << 48 | 3, *[0] * (8 + gauges)]
+        assert pair.mirror.apply(struct.pack(f"<{len(entry)}Q", *entry), 0) == 1
+    assert (pair.queue(), pair.here.status("B").gauges) == (0, {"kv": 0.5})
+
+
+def test_what_stands_before_the_fault_is_written(pair: Pair) -> None:
+    node = pair.join()
+    node.waiting = 4
+    with pytest.raises(ValueError, match="cut off"):
+        pair.mirror.apply(pair.origin.entries(full=True) + struct.pack("<Q", 1), 0)
+    assert pair.queue() == 4
+
+
+# --- whose it is
+
+
+def test_a_join_and_a_mirror_at_once_see_each_other(pair: Pair, name: str) -> None:
+    """A node has looked whether this is a mirror, a bridge marks it, and only then it claims."""
+    errors: list[Exception] = []
+
+    def join() -> None:
+        try:
+            own.join("mine", group="G", endpoint="e")
+        except SegmentForbidden as error:
+            errors.append(error)
+
+    with Segment.open(name) as own:
+        with ofd_lock(SHM / name, MEMBERSHIP_LOCK):
+            thread = threading.Thread(target=join)
+            thread.start()
+            time.sleep(0.1)  # it is past its look, and waits for the lock
+            mirror = Mirror(own, HERE, SUSPECT_S)
+        thread.join(10.0)
+        assert "mirrors a segment of another host" in str(errors[0])
+        assert own.snapshot() == ()
+        assert mirror.set_members(7, [Member(1, 1, "B", "G", "e", 4, 1.0, [], 0.0)]) == []
+        mirror.leave()
+
+
+def test_a_refused_mirror_leaves_the_segment_as_it_was(name: str) -> None:
+    with Segment.open(name) as own, own.join("mine", group="G", endpoint="e"):
+        with pytest.raises(SegmentForbidden):
+            Mirror(own, HERE, SUSPECT_S)
+        assert Raw(name).number("sync", "mirror", 8) == 0
+        with own.join("more", group="G", endpoint="e"):
+            pass
+
+
+def test_dead_nodes_of_this_host_are_no_obstacle(
+    name: str, spawn_node: Callable[..., Child]
+) -> None:
+    spawn_node(name, "mine").kill()
+    with Segment.open(name) as own:
+        assert [status.health for status in own.snapshot()] == [Health.DEAD]
+        mirror = Mirror(own, HERE, SUSPECT_S)
+        assert own.snapshot() == ()
+        mirror.leave()
+
+
+def test_what_a_killed_bridge_showed_does_not_stay(pair: Pair, spawn: Callable[..., Child]) -> None:
+    """Nodes that left meanwhile are not told of any more: nobody would clear their slots."""
+    child = spawn(
+        "from shmcoord.mirror import Mirror\nfrom shmcoord.origin import Member\n"
+        "mirror = Mirror(Segment.open(name), 5, 5.0)\n"
+        "mirror.set_members(7, [Member(i, 1, f'N{i}', 'G', 'e', 4, 1.0, [], 0.0) "
+        "for i in range(3)])\nsay('shown')\nhear()",
+        pair.here.name,
+    )
+    assert child.hear() == "shown"
+    assert len(pair.here.snapshot()) == 3
+    child.kill()
+    again = Mirror(pair.here, HERE, SUSPECT_S)
+    assert again.set_members(7, [Member(0, 1, "N0", "G", "e", 4, 1.0, [], 0.0)]) == []
+    assert [(s.node, s.health) for s in pair.here.snapshot()] == [("N0", Health.ALIVE)]
+    again.leave()
+
+
+def test_a_bridge_that_ends_leaves(pair: Pair, spawn: Callable[..., Child]) -> None:
+    child = spawn(
+        "from shmcoord.mirror import Mirror\nfrom shmcoord.origin import Member\n"
+        "mirror = Mirror(Segment.open(name), 5, 5.0)\n"
+        "mirror.set_members(7, [Member(1, 1, 'B', 'G', 'e', 4, 1.0, [], 0.0)])\n"
+        "say('shown')\nhear()",
+        pair.here.name,
+    )
+    assert child.hear() == "shown"
+    assert child.finish() == 0
+    assert pair.here.snapshot() == ()
+
+
+def test_a_mirror_that_nobody_holds_leaves(pair: Pair) -> None:
+    node = pair.join()
+    with node.request():
+        pair.tell()
+    assert [status.node for status in pair.here.snapshot()] == ["B"]
+    del pair.mirror
+    gc.collect()
+    assert pair.here.snapshot() == ()
+    assert Raw(pair.here.name).taken() == 0
+    pair.mirror = Mirror(pair.here, HERE, SUSPECT_S)
+
+
+def test_a_closed_mirror_only_leaves(pair: Pair) -> None:
+    node = pair.join()
+    pair.here.close()
+    for use in (
+        lambda: pair.mirror.apply(b"", 0),
+        pair.mirror.suspect,
+        pair.members,
+        lambda: Mirror(pair.here, HERE, SUSPECT_S),
+    ):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+    with Segment.attach(pair.here.name) as observer:
+        assert [status.node for status in observer.snapshot()] == ["B"]
+        pair.mirror.leave()
+        assert observer.snapshot() == ()
+    assert not node.left
+
+
+def test_a_fork_of_the_bridge_keeps_nothing(pair: Pair) -> None:
+    """The child can use nothing of it, and its end changes nothing."""
+    node = pair.join()
+    with node.request():
+        pair.tell()
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            said = []
+            for use in (
+                lambda: pair.mirror.apply(b"", 0),
+                pair.mirror.suspect,
+                lambda: pair.mirror.set_members(pair.mirror.incarnation, ()),
+                pair.mirror.leave,
+                pair.origin.mark,
+                lambda: Mirror(pair.here, HERE, SUSPECT_S),
+                lambda: Origin(pair.there).members(),
+            ):
+                try:
+                    use()
+                except Exception as error:  # noqa: BLE001
+                    said.append(type(error).__name__)
+                else:
+                    said.append("nothing")
+            said.append(",".join(pair.mirror.nodes))
+            os.write(write, " ".join(said).encode())
+            del pair.mirror, pair.origin
+            gc.collect()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        os.close(write)
+        with open(read, encoding="ascii") as file:
+            assert file.read() == "ForkedHandle " * 7 + "B"
+        assert pair.here.status("B").health is Health.ALIVE
+        assert pair.queue() == 1
+    pair.tell()
+    assert pair.queue() == 0
+
+
+@pytest.mark.parametrize("suspect_after_s", [0, -1.0, 0.002, 1e5, float("nan")])
+def test_suspicion_needs_a_time(pair: Pair, suspect_after_s: float) -> None:
+    with pytest.raises(ValueError, match="suspect_after_s must be between"):
+        Mirror(pair.here, HERE, suspect_after_s)
+
+
+@pytest.mark.parametrize("mapping", [None, "name", 3])
+def test_only_a_segment_is_a_mirror(mapping: Any) -> None:
+    with pytest.raises(TypeError):
+        Mirror(mapping, HERE, SUSPECT_S)
+
+
 # --- shares
 
 
@@ -328,8 +611,10 @@ def test_load_and_capacity_agree_with_a_model(new_name: Callable[[], str]) -> No
     router = Router(pair.here)
     elsewhere = host_id("h3")
 
-    @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.tuples(st.sampled_from("lrabtfne"), st.integers(1, 3)), max_size=40))
+    # Leases, others and tellings most: what matters is a row that is full.
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.tuples(st.sampled_from("lllnnftttrabe"), st.integers(1, 3)), max_size=60))
+    @example([("l", 1)] * 4 + [("n", 1)] * 2 + [("t", 1), ("r", 1), ("l", 1)])
     def run(steps: list[tuple[str, int]]) -> None:
         leases: list[Any] = []  # of our routers
         ours: list[Any] = []  # adopted ones, running there
@@ -465,6 +750,254 @@ def test_leases_of_dead_routers_come_back(pair: Pair, spawn: Callable[..., Child
     assert not node.left
 
 
+# --- places owed
+
+
+@pytest.mark.parametrize("leases", [2, LEASES], ids=["full row", "room above"])
+def test_a_place_that_two_hosts_took_is_not_taken_again(
+    new_name: Callable[[], str], leases: int
+) -> None:
+    """Both of ours and both of theirs are in two places. Who frees one must not have it again,
+    whether theirs stand above the capacity or find no cell in the row at all."""
+    with (
+        Segment.open(new_name(), slots=4, leases=leases) as there,
+        Segment.open(new_name(), slots=4, leases=leases) as here,
+        there.join("B", group="G", endpoint="e", capacity=2) as node,
+        Router(here) as router,
+    ):
+        origin, mirror = Origin(there), Mirror(here, HERE, SUSPECT_S)
+
+        def tell() -> None:
+            mirror.apply(origin.entries(full=True), 0)
+
+        mirror.set_members(origin.incarnation, origin.members())
+        ours = [router.acquire("G") for _ in range(2)]
+        theirs = [node.request() for _ in range(2)]
+        tell()
+        for _ in range(2):  # before the news and after it
+            ours.pop().release()
+            for _ in range(2):
+                with pytest.raises(Saturated):
+                    router.acquire("G")
+                tell()
+        theirs.pop().end()
+        tell()
+        with router.acquire("G"), pytest.raises(Saturated):
+            router.acquire("G")
+        theirs.pop().end()
+        tell()
+        with router.acquire("G"), router.acquire("G"):
+            pass
+        assert Raw(here.name).taken() == 0
+        mirror.leave()
+
+
+def test_without_news_a_place_comes_back_all_the_same(pair: Pair) -> None:
+    """What is owed is owed to requests that were told of: the rest of the capacity stays ours."""
+    node = pair.join(capacity=3)
+    with Router(pair.here) as router, node.request():
+        ours = [router.acquire("G") for _ in range(3)]
+        pair.tell()  # 3 of ours, 1 of theirs; and then nothing is heard any more
+        ours.pop().release()
+        with pytest.raises(Saturated):
+            router.acquire("G")
+        ours.pop().release()
+        ours.append(router.acquire("G"))  # 2 of ours, 1 of theirs
+        with pytest.raises(Saturated):
+            router.acquire("G")
+        for lease in ours:
+            lease.release()
+
+
+def test_two_hosts_come_down_to_the_capacity(new_name: Callable[[], str]) -> None:
+    """Both take all four places at once, unheard of each other, and go on as fast as they can:
+    as requests end, no more than four are left."""
+    with (
+        Segment.open(new_name(), slots=4, leases=16) as there,
+        Segment.open(new_name(), slots=4, leases=16) as first,
+        Segment.open(new_name(), slots=4, leases=16) as second,
+        there.join("B", group="G", endpoint="e", capacity=4) as node,
+    ):
+        origin = Origin(there)
+        hosts = [
+            (Mirror(seen, host_id(f"h{i}"), SUSPECT_S), Router(seen), [])
+            for i, seen in enumerate((first, second))
+        ]
+        for mirror, _, _ in hosts:
+            mirror.set_members(origin.incarnation, origin.members())
+        most = []
+        for turn in range(40):
+            for mirror, _, _ in hosts:
+                if turn:
+                    mirror.apply(origin.entries(full=True), 0)
+            for _, router, running in hosts:
+                if running:
+                    lease, request = running.pop(0)
+                    request.end()
+                    lease.release()
+                with contextlib.suppress(Saturated):  # at once, before the next news
+                    while True:
+                        lease = router.acquire("G")
+                        running.append((lease, node.adopt(lease.token)))
+            most.append(node.inflight)
+        assert most[0] == 8, "they did not know"
+        assert max(most[8:]) == 4
+        assert min(most) == 4, "no place stays free"
+        for mirror, router, running in hosts:
+            for lease, request in running:
+                request.end()
+                lease.release()
+            router.close()
+            mirror.leave()
+        assert node.inflight == 0
+
+
+def test_who_waits_is_told_when_nothing_is_owed_any_more(pair: Pair) -> None:
+    """The freed cell alone is not for him: it was given to others meanwhile. Then they end."""
+    node = pair.join(capacity=1)
+    served: list[str] = []
+    with Router(pair.here) as router, Router(pair.here) as other:
+        lease = other.acquire("G")
+        theirs = node.request()
+        pair.tell()
+        thread = _wait_for_a_lease(router, served)
+        wait_until(lambda: Raw(pair.here.name).number("sync", "waiters", 4) == 1)
+        lease.release()
+        for _ in range(2):
+            time.sleep(0.1)
+            assert served == []
+            pair.tell()
+        theirs.end()
+        pair.tell()
+        began = time.monotonic()
+        thread.join(10.0)
+        assert served == ["B"]
+        assert time.monotonic() - began < 0.5, "he was not told, and looked by himself"
+
+
+def test_costs_count_in_the_queue_and_cells_in_the_capacity(pair: Pair) -> None:
+    node = pair.join(capacity=4)
+    [member] = pair.origin.members()
+    theirs = [
+        node.adopt(
+            f"2-{pair.origin.incarnation:x}-{member.slot:x}-{member.generation:x}-9-{cost:x}"
+        )
+        for cost in (3, 5, 65535)
+    ]
+    pair.tell()
+    raw, slot = Raw(pair.here.name), pair.here.backend("B").info.slot
+    assert pair.queue() == 3 + 5 + 65535
+    assert raw.taken() == 3
+    assert sum(cell >> 24 & 0xFFFF for cell in raw.cells(slot)) == pair.queue()
+    with Router(pair.here) as router, router.acquire("G", cost=7):
+        assert pair.queue() == 3 + 5 + 65535 + 7
+        with pytest.raises(Saturated):
+            router.acquire("G")
+        theirs.pop().end()
+        pair.tell()
+        assert pair.queue() == 3 + 5 + 7
+    for request in theirs:
+        request.end()
+    pair.tell()
+    assert (pair.queue(), raw.taken()) == (0, 0)
+
+
+def test_routers_and_the_bridge_at_once(pair: Pair, spawn: Callable[..., Child]) -> None:
+    """Routers of three processes work as fast as they can while the news change all the time."""
+    node = pair.join(capacity=3)
+    children = [
+        spawn(
+            "router = Router(name)\n"
+            "say('there')\n"
+            "while hear() == 'go':\n"
+            "    for _ in range(3000):\n"
+            "        try:\n"
+            "            leases = [router.acquire('G', cost=random.randint(1, 3))]\n"
+            "            with contextlib.suppress(Saturated): leases.append(router.acquire('G'))\n"
+            "            for lease in leases: lease.release()\n"
+            "        except Saturated:\n"
+            "            pass\n"
+            "    say('done')\n",
+            pair.here.name,
+        )
+        for _ in range(3)
+    ]
+    for child in children:
+        assert child.hear() == "there"
+        child.say("go")
+    raw, slot = Raw(pair.here.name), pair.here.backend("B").info.slot
+    theirs: list[Any] = []
+    draw = random.Random(5)
+    ended = 0
+    until = time.monotonic() + 20.0
+    finished = threading.Event()
+
+    def listen() -> None:
+        for child in children:
+            child.hear()
+        finished.set()
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    while not finished.is_set():
+        assert time.monotonic() < until
+        if theirs and draw.random() < 0.5:
+            theirs.pop(draw.randrange(len(theirs))).end()
+            ended += 1
+        elif len(theirs) < 5:
+            theirs.append(node.request())
+        pair.tell()
+        cells = raw.cells(slot)
+        reserved = [cell for cell in cells if cell >> 62 == 1]
+        assert len(reserved) <= 3
+        assert all(cell >> 62 != 1 for cell in cells[3:]), "routers keep below the capacity"
+        held = sum(cell >> 62 == 2 for cell in cells)
+        assert held <= len(theirs)
+    listener.join()
+    assert ended > 10
+    pair.tell()
+    # The word is a hint, which the beat thread's count may once have met in between.
+    wait_until(lambda: pair.queue() == len(theirs))
+    assert [cell >> 62 for cell in raw.cells(slot) if cell] == [2] * len(theirs)
+    for request in theirs:
+        request.end()
+    pair.tell()
+    wait_until(lambda: pair.queue() == 0)
+    assert raw.taken() == 0
+
+
+def test_a_suspect_is_one_by_every_clock(new_name: Callable[[], str]) -> None:
+    """In a container with a time namespace of its own, stamps say nothing: only beats that stand
+    still do. News that say "suspect" must not look like a heartbeat there."""
+    pair = Pair(new_name(), new_name())
+    pair.mirror = Mirror(pair.here, HERE, 0.15)
+    node = pair.join()
+    [member] = pair.origin.members()
+    slot = pair.here.backend("B").info.slot
+    Raw(pair.here.name).set("meta", "time_ns_id", 8, 1, slot)
+    entry = [member.slot | member.generation << 32, 0, 0, 1, *[0] * 6]
+    suspect = struct.pack("<10Q", *entry)
+    with Segment.attach(pair.here.name) as there:
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            assert pair.mirror.apply(pair.origin.entries(full=True), 0) == 0
+            assert there.status("B").health is Health.ALIVE
+            time.sleep(0.02)
+
+        def look() -> bool:
+            assert pair.mirror.apply(suspect, 0) == 0
+            return there.status("B").health is Health.SUSPECT
+
+        wait_until(look, 2.0, 0.02)
+        for _ in range(10):
+            time.sleep(0.02)
+            assert look()
+        assert pair.mirror.apply(pair.origin.entries(full=True), 0) == 0
+        assert there.status("B").health is Health.ALIVE
+    assert not node.left
+    pair.close()
+
+
 # --- leases that go away
 
 
@@ -555,6 +1088,91 @@ def test_the_bridge_dies_and_another_takes_over(pair: Pair, spawn: Callable[...,
             assert lease.release() is False  # of a time that is over: it frees nothing
             assert pair.queue() == 1
     assert not node.left
+
+
+class _Broken:
+    """A transport whose connection breaks once the node has begun."""
+
+    def __init__(self, nodes: dict[str, Node]) -> None:
+        self.nodes = nodes
+        self.begun: list[str] = []
+
+    def send(self, endpoint: str, method: str, request: Any, *, lease: str, timeout_s: Any) -> Any:
+        self.nodes[endpoint].adopt(lease).end()
+        self.begun.append(endpoint)
+        raise ConnectionLost(endpoint)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("idempotent", "times"), [((), 1), (("say",), 2)])
+def test_what_may_have_begun_elsewhere_is_not_sent_again(
+    pair: Pair, idempotent: tuple[str, ...], times: int
+) -> None:
+    """On one host the lease that is still ours proves that nobody began. Here nothing does."""
+    nodes = {f"e{name}": pair.join(name) for name in "BC"}
+    with Router(pair.here) as router:
+        transport = _Broken(nodes)
+        dispatcher = Dispatcher(router, transport, adopts=True, idempotent=idempotent)
+        with pytest.raises((ConnectionLost, NoneReachable)):
+            dispatcher.call("G", "say", b"x", timeout_s=5.0)
+        assert len(transport.begun) == times
+    assert Raw(pair.here.name).taken() == 0
+
+
+def test_a_lease_of_a_router_that_left_is_given_back_once(pair: Pair) -> None:
+    node = pair.join(capacity=2)
+    with Router(pair.here) as router:
+        kept, dropped = router.acquire("G"), router.acquire("G")
+        assert pair.queue() == 2
+        del dropped
+        gc.collect()
+        assert pair.queue() == 1
+        with kept:
+            pass
+        assert kept.released
+        with pytest.raises(LeaseReleased):
+            kept.release()
+        kept = router.acquire("G")
+    assert pair.queue() == 0
+    assert kept.release() is False
+    assert node.inflight == 0
+
+
+def test_the_same_name_again_is_another_node(pair: Pair) -> None:
+    """A lease on the former one frees nothing of the new one, and its token is refused."""
+    before = pair.join(capacity=2)
+    with Router(pair.here) as router:
+        lease = router.acquire("G")
+        before.leave()
+        after = pair.join(capacity=2)
+        assert pair.queue() == 0
+        with pytest.raises(LeaseLost, match="an earlier process"):
+            after.adopt(lease.token)
+        with router.acquire("G") as again:
+            assert lease.release() is False
+            assert pair.queue() == 1
+            with after.adopt(again.token):
+                pass
+    assert Raw(pair.here.name).taken() == 0
+
+
+def test_a_segment_made_anew_there_is_another(pair: Pair, new_name: Callable[[], str]) -> None:
+    former = pair.join()
+    with Router(pair.here) as router, Segment.open(new_name(), slots=8, leases=LEASES) as there:
+        lease = router.acquire("G")
+        node = there.join("B", group="G", endpoint="e")
+        origin = Origin(there)
+        assert pair.mirror.set_members(origin.incarnation, origin.members()) == []
+        pair.mirror.apply(origin.entries(full=True), 0)
+        assert pair.queue() == 0
+        with pytest.raises(LeaseLost, match="another segment"):
+            node.adopt(lease.token)
+        assert lease.release() is False
+        with node.adopt(router.acquire("G").token):
+            pass
+    assert not former.left
 
 
 # --- routing

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from helpers import Child, wait_until
+from helpers import Child, Raw, wait_until
 
-from shmcoord import Router, Segment
+from shmcoord import Node, Router, Segment
 from shmcoord.mirror import Mirror
 from shmcoord.origin import Origin, host_id
 
 FIXED = 10
 
 
-def parse(entries: bytes) -> dict[int, dict[str, object]]:
+def parse(entries: bytes) -> dict[int, dict[str, Any]]:
     """Slot -> what its entry says (see _entry.pxd)."""
     words = struct.unpack(f"<{len(entries) // 8}Q", entries)
-    found: dict[int, dict[str, object]] = {}
+    found: dict[int, dict[str, Any]] = {}
     while words:
         gauges, shares = words[0] >> 16 & 0xFF, words[0] >> 24 & 0xFF
         end = FIXED + gauges + shares
@@ -30,6 +32,7 @@ def parse(entries: bytes) -> dict[int, dict[str, object]]:
             "waiting": words[1] >> 20 & 0xFFFFF,
             "inflight": words[1] & 0xFFFFF,
             "suspect": words[3],
+            "up_s": words[9] / 1e9,
             "served": words[6],
             "failed": words[7],
             "gauges": _doubles(words[FIXED : FIXED + gauges]),
@@ -84,6 +87,7 @@ def test_an_entry_says_all_that_moves(segment: Segment) -> None:
         "waiting": 3,
         "inflight": 2,
         "suspect": 0,
+        "up_s": entry["up_s"],
         "served": 2,
         "failed": 1,
         "gauges": (0.25,),
@@ -217,6 +221,173 @@ def test_ids_of_hosts() -> None:
     assert len(ids) >= 999
     assert min(ids) >= 1
     assert max(ids) < 1 << 24
+
+
+def test_a_slot_is_told_of_as_what_it_is_now(segment: Segment) -> None:
+    """A node, nobody, a node beside a router, a node with other gauges."""
+    origin = Origin(segment)
+    node = segment.join("B", group="G", endpoint="e", gauges=("kv",))
+    [first] = origin.members()
+    node.waiting = 1
+    origin.entries(full=True)
+    node.leave()
+    assert origin.entries(full=False) == b""
+    with segment.join("C", group="G", endpoint="e") as other:
+        assert [(m.node, m.slot) for m in origin.members()] == [("C", first.slot)]
+        with Router(segment) as router, router.acquire("G"):
+            assert [member.node for member in origin.members()] == ["C"]
+            assert set(parse(origin.entries(full=True))) == {first.slot}
+            other.leave()
+            assert origin.members() == []
+    with segment.join("B", group="G", endpoint="e", gauges=("x", "y")) as again:
+        again.publish(x=1.0, y=2.0)
+        [member] = origin.members()
+        assert member.slot == first.slot
+        assert member.generation > first.generation
+        entry = parse(origin.entries(full=False))[member.slot]
+        assert (entry["generation"], entry["gauges"]) == (member.generation, (1.0, 2.0))
+
+
+@pytest.mark.parametrize("change", [Node.drain, Node.shutdown], ids=["drain", "shutdown"])
+def test_who_takes_no_work_is_told_of_all_the_same(
+    segment: Segment, change: Callable[[Node], None]
+) -> None:
+    with segment.join("B", group="G", endpoint="e") as node:
+        origin = Origin(segment)
+        origin.entries(full=True)
+        change(node)
+        assert [member.node for member in origin.members()] == ["B"]
+        [entry] = parse(origin.entries(full=False)).values()
+        assert entry["state"] == {Node.drain: 1, Node.shutdown: 2}[change]
+
+
+def test_time_alone_is_no_change(segment: Segment) -> None:
+    with segment.join("B", group="G", endpoint="e", interval_s=60.0):
+        origin = Origin(segment)
+        [before] = parse(origin.entries(full=True)).values()
+        time.sleep(0.02)
+        assert origin.entries(full=False) == b""
+        [after] = parse(origin.entries(full=True)).values()
+        assert after["up_s"] - before["up_s"] >= 0.02
+
+
+def test_how_long_a_node_is_up_by_another_clock(segment: Segment) -> None:
+    """In another time namespace its clock may be ahead or behind: its own stamps are compared."""
+    with segment.join("B", group="G", endpoint="e", interval_s=60.0) as node:
+        [member] = Origin(segment).members()
+        time.sleep(0.02)
+        node.publish()  # which renews the time of its record
+        Raw(segment.name).set("meta", "time_ns_id", 8, 1, member.slot)
+        time.sleep(0.05)
+        [entry] = parse(Origin(segment).entries(full=True)).values()
+        assert 0.02 <= entry["up_s"] < 0.05
+
+
+def test_a_start_in_the_future_is_no_time_up(segment: Segment) -> None:
+    """As of a node that joined since the reading began: it must not be up for 500 years."""
+    with segment.join("B", group="G", endpoint="e", interval_s=60.0) as node:
+        raw = Raw(segment.name)
+        [member] = Origin(segment).members()
+        node.publish()
+        seq = raw.number("record", "seq", 8, member.slot)
+        started = raw.offset("record", "copy", member.slot) + (seq & 1) * 32 * 8 + 8 * 8
+        raw.write(started, struct.pack("<Q", time.monotonic_ns() + 10**9))
+        [entry] = parse(Origin(segment).entries(full=True)).values()
+        assert entry["up_s"] == 0.0
+
+
+def test_of_more_hosts_than_fit_the_rest_are_nobodys(new_name: Callable[[], str]) -> None:
+    with Segment.open(new_name(), slots=2, leases=400) as segment:
+        node = segment.join("B", group="G", endpoint="e")
+        origin = Origin(segment)
+        [member] = origin.members()
+        running = [
+            node.adopt(f"2-{origin.incarnation:x}-{member.slot:x}-{member.generation:x}-{host:x}-2")
+            for host in range(1, 301)
+        ]
+        running += [node.adopt(request_of(origin, host=7, cost=5)) for _ in range(2)]
+        entry = parse(origin.entries(full=True))[member.slot]
+        shares = dict.fromkeys(range(1, 256), (1, 2)) | {7: (3, 12)}
+        assert entry["shares"] == shares
+        assert (entry["cells"], entry["inflight"]) == (302, 610)
+        for request in running:
+            request.end()
+        node.leave()
+
+
+def request_of(origin: Origin, host: int, cost: int) -> str:
+    """The token of a lease of another host on the only node."""
+    [member] = origin.members()
+    return f"2-{origin.incarnation:x}-{member.slot:x}-{member.generation:x}-{host:x}-{cost:x}"
+
+
+def test_requests_without_a_cell_count_as_the_nodes_own(new_name: Callable[[], str]) -> None:
+    """More than the row has cells: in flight they are, but nobody can tell whose."""
+    with Segment.open(new_name(), slots=2, leases=2) as segment:
+        node = segment.join("B", group="G", endpoint="e")
+        origin = Origin(segment)
+        [member] = origin.members()
+        running = [node.adopt(request_of(origin, host=9, cost=3)) for _ in range(4)]
+        entry = parse(origin.entries(full=True))[member.slot]
+        assert (entry["cells"], entry["inflight"], entry["shares"]) == (2, 12, {9: (2, 6)})
+        for request in running:
+            request.end()
+        assert parse(origin.entries(full=False))[member.slot]["inflight"] == 0
+        node.leave()
+
+
+def test_an_observer_can_tell(segment: Segment) -> None:
+    """Reading is enough, and nothing is written."""
+    with segment.join("B", group="G", endpoint="e", interval_s=60.0) as node:
+        node.waiting = 2
+        with Segment.attach(segment.name) as observer:
+            before = Raw(segment.name).path.read_bytes()
+            origin = Origin(observer)
+            assert [member.node for member in origin.members()] == ["B"]
+            assert len(origin.entries(full=True)) == 8 * FIXED
+            assert origin.mark() != 0
+            assert Raw(segment.name).path.read_bytes() == before
+
+
+@pytest.mark.parametrize("mapping", [None, "name", 3])
+def test_only_a_segment_is_told_of(mapping: Any) -> None:
+    with pytest.raises(TypeError):
+        Origin(mapping)
+
+
+def test_an_entry_is_whole_while_its_node_works(
+    segment: Segment, spawn: Callable[..., Child]
+) -> None:
+    """A busy node in another process: never more shares than cells, nothing out of its bounds."""
+    child = spawn(
+        "node = Segment.open(name).join('B', group='G', endpoint='e', gauges=('a', 'b'))\n"
+        "say('joined')\n"
+        "token = hear()\n"
+        "say('works')\n"
+        "while True:\n"
+        "    running = [node.adopt(token) if i & 1 else node.begin() for i in range(5)]\n"
+        "    node.publish(a=node.served, b=-node.served)\n"
+        "    for one in running: one.end()\n",
+        segment.name,
+    )
+    assert child.hear() == "joined"
+    origin = Origin(segment)
+    child.say(request_of(origin, host=3, cost=1))
+    assert child.hear() == "works"
+    busy = 0
+    for turn in range(3000):
+        [entry] = parse(origin.entries(full=turn % 7 == 0)).values() or [None]
+        if entry is None:
+            continue
+        first, second = entry["gauges"]
+        assert first == -second, "of one publication"
+        cells, cost = entry["shares"].get(3, (0, 0))
+        assert cells == cost <= 2
+        assert set(entry["shares"]) <= {3}
+        assert cells <= entry["cells"] <= 5
+        assert entry["inflight"] <= 6
+        busy += cells > 0
+    assert busy, "it was never seen at work"
 
 
 def test_a_closed_segment_is_read_no_more(segment: Segment) -> None:
