@@ -18,6 +18,6 @@ cdef class Frozen:
     cdef int choose(self, policy_t scan, object ask, const pick_t* pick) except -2
     cdef tuple candidates(self, str policy, int chosen, const pick_t* pick, object exclude)
     cdef str _reason(self, uint32_t i, uint64_t word, int health, double age_s, uint64_t now_ns,
-                     str policy, double worse, const pick_t* pick, object exclude)
+                     str policy, int chosen, const pick_t* pick, object exclude)
 
 cdef Frozen freeze(Table table)

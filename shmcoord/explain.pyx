@@ -15,6 +15,7 @@ from shmcoord.backend cimport Backend
 from shmcoord.cells cimport death_is_alive
 from shmcoord.liveness cimport Judge
 from shmcoord.picker cimport (
+    REMOTE,
     affinity_bound,
     allocate,
     candidate_t,
@@ -126,14 +127,12 @@ cdef class Frozen:
         """A `Candidate` for each node, with the reason why it was passed over."""
         cdef uint32_t i
         cdef uint64_t word, now_ns = mono_ns()
-        cdef double score, age_s, best = 0.0
+        cdef double score, age_s
         cdef int health
         cdef Backend backend
         cdef candidate_t* c
         from shmcoord.decision import Candidate
         found = []
-        if chosen >= 0:
-            score_of(&self.view.items[chosen], &best)
         for i in range(self.view.count):
             c = &self.view.items[i]
             backend = <Backend>self.table.backends[<int>i]
@@ -163,18 +162,25 @@ cdef class Frozen:
                     latency_s=self.hot[i].latency_us / 1e6,
                     share=self.table.shares[i],
                     passed_over="" if <int>i == chosen else self._reason(
-                        i, word, health, age_s, now_ns, policy, score - best, pick, exclude
+                        i, word, health, age_s, now_ns, policy, chosen, pick, exclude
                     ),
                 )
             )
         return tuple(found)
 
     cdef str _reason(self, uint32_t i, uint64_t word, int health, double age_s, uint64_t now_ns,
-                     str policy, double worse, const pick_t* pick, object exclude):
+                     str policy, int chosen, const pick_t* pick, object exclude):
         """Why a candidate was passed over."""
         cdef const candidate_t* c = &self.view.items[i]
         cdef Watch watch = <Watch>self.table.watches[<int>i]
         cdef int state = word_public_state(word)
+        cdef double score, worse, best = 0.0
+        cdef bint is_ours = True  # the chosen one is of this host
+        if chosen >= 0:
+            score_of(&self.view.items[chosen], &best)
+            is_ours = not self.view.items[chosen].place & REMOTE
+        score_of(c, &score)
+        worse = score - best
         if health == HEALTH_DEAD:
             return "dead"
         if state not in (STATE_IDLE, STATE_BUSY):
@@ -191,6 +197,8 @@ cdef class Frozen:
             if self.table.why[i] == PASSED_EJECTED:
                 left_s = max(<double>watch.ejected_until_ns - <double>now_ns, 0.0) / 1e9
                 return f"ejected for failing, for another {left_s:.1f} s"
+            if (<Backend>self.table.backends[<int>i]).info.origin_incarnation != 0:
+                return f"suspect: no news of it for {age_s:.1f} s, or its own host finds it late"
             return f"suspect: no sign of progress, heartbeat {age_s:.1f} s old"
         if policy == "hot-cold":
             return "hot" if worse > 0 else "higher latency, or a tie"
@@ -205,7 +213,11 @@ cdef class Frozen:
         if word_inflight(word) >= c.capacity and worse <= 0:
             return "at capacity"
         if worse > 0:
-            return "of another host" if c.bias > 0 and worse <= c.bias else "higher score"
+            if is_ours and c.bias > 0 and worse <= c.bias:
+                return "of another host"
+            return "higher score"
+        if worse < 0 and c.place & REMOTE and self.view.remote_count > 2:
+            return "of another host, and not one of the two that were drawn"
         return "busy with work of its own" if state == STATE_BUSY and worse == 0 and (
             word_queue(word) == 0
         ) else "tie"

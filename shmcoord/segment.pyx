@@ -15,7 +15,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from shmcoord._atomics cimport store_release_u32
+from shmcoord._atomics cimport load_acquire_u64, store_release_u32
 from shmcoord._layout cimport *
 from shmcoord._posix cimport *
 from shmcoord._steps cimport step
@@ -332,6 +332,15 @@ cdef class Mapping:
     def writable(self):
         """False for an observer's mapping."""
         return bool(self.m.writable)
+
+    @property
+    def is_mirror(self):
+        """Whether it shows nodes of another host, which a bridge of this one keeps up to date.
+
+        It stays a mirror when the bridge ends: no node of this host can join it.
+        """
+        self.check()
+        return load_acquire_u64(&self.m.sync.mirror) != 0
 
     @property
     def closed(self):

@@ -31,6 +31,8 @@ from shmcoord.cli.reading import Observers, SegmentView
 from shmcoord.cli.tree import compact, tree
 from shmcoord.cli.words import age, clean, duration, size
 from shmcoord.decision import Candidate, PastDecision
+from shmcoord.mirror import Mirror
+from shmcoord.origin import Origin
 
 RUN = "from shmcoord.cli import main; main()"
 RUN_INSPECT = "from shmcoord.cli import inspect_main; inspect_main()"
@@ -388,12 +390,36 @@ def test_json_follows_its_schema(name, server):
     assert missing["error"]["kind"] == "SegmentNotFound"
     assert segment["used"] == 3
     assert segment["slots"] == 8
+    assert segment["mirror"] is False
     a, b, d = segment["nodes"]
     assert (a["served"], a["failed"]) == (2, 1)
     assert (b["queue"], b["waiting"], b["inflight"]) == (3, 2, 1)
     assert b["gauges"] == {"kv_used": 0.4}
     assert d["state"] == "DRAINING"
     assert a["pid"] == server.pid
+
+
+def test_a_mirror_is_called_one(name, new_name, server):
+    """Its nodes are another host's, and its pids the bridge's."""
+    with Segment.attach(name) as there, Segment.open(new_name(), slots=8, leases=8) as here:
+        assert not here.is_mirror
+        origin, mirror = Origin(there), Mirror(here, 7, 5.0)
+        mirror.set_members(origin.incarnation, origin.members())
+        mirror.apply(origin.entries(full=True), 0)
+        shown = run("inspect", name, here.name).stdout.split("Segment: ")
+        assert "mirror" not in shown[1]
+        assert shown[2].startswith(f"{here.name}  (mirror of another host's, ")
+        document = json.loads(run("inspect", "--json", name, here.name).stdout)
+        check(document, schema(), schema())
+        assert [one["mirror"] for one in document["segments"]] == [False, True]
+        real, seen = (
+            {node["node"]: (node["queue"], node["state"], node["gauges"]) for node in one["nodes"]}
+            for one in document["segments"]
+        )
+        assert seen == real
+        assert {node["pid"] for node in document["segments"][1]["nodes"]} == {os.getpid()}
+        mirror.leave()
+        assert here.is_mirror, "until it is unlinked"
 
 
 def test_json_follows_its_schema_for_a_validator(name, server):

@@ -152,6 +152,7 @@ def test_a_closed_segment_refuses_every_use(name):
     uses = [
         segment.snapshot,
         segment.is_stale,
+        lambda: segment.is_mirror,
         segment.reap,
         lambda: segment.status("B"),
         lambda: segment.backend("B"),

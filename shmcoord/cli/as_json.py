@@ -98,6 +98,7 @@ def _segment(view: SegmentView | SegmentError) -> dict[str, Any]:
         "leases": view.leases,
         "size_bytes": view.size_bytes,
         "created_at": view.created_at,
+        "mirror": view.is_mirror,
         "nodes": [_node(status) for status in view.nodes],
     }
 

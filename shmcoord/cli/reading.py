@@ -24,6 +24,7 @@ class SegmentView:
     size_bytes: int
     created_at: float
     nodes: tuple[Status, ...]
+    is_mirror: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Observers:
                 segment.size_bytes,
                 segment.created_at,
                 tuple(nodes),
+                segment.is_mirror,
             )
         except ShmcoordError as error:
             return SegmentError(name, error)

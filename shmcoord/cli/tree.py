@@ -78,7 +78,8 @@ def _head(view: SegmentView | SegmentError) -> Iterable[Text]:
         yield Text(f"{type(view.error).__name__}: {clean(str(view.error))}", "red")
         return
     made = age(max(0.0, time.time() - view.created_at))
-    yield title.append(f"  ({size(view.size_bytes)}, created {made})", "dim")
+    what = "mirror of another host's, " if view.is_mirror else ""
+    yield title.append(f"  ({what}{size(view.size_bytes)}, created {made})", "dim")
     count = Text(f"Process count: {len(view.nodes)}/{view.slots}")
     dead = len(view.nodes) - len(alive(view))
     if dead:
