@@ -193,7 +193,13 @@ def _free_port() -> int:
         return port
 
 
-@pytest.fixture(params=["memory", "tcp", "tls", "redis"])
+FULL = os.environ.get("SHMCOORD_FAULTS") == "full"
+TCP = pytest.param(
+    "tcp", marks=pytest.mark.skipif(not FULL, reason="full counts only: what tls does without TLS")
+)
+
+
+@pytest.fixture(params=["memory", TCP, "tls", "redis"])
 def net(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Net]:
     """Hosts without any process yet; the last engine is the example of docs/bridges.md."""
     if request.param == "redis":
