@@ -18,6 +18,7 @@ from shmcoord import Segment
 
 if TYPE_CHECKING:
     from grpc_worlds import Link, World
+    from mirror_helpers import Pair
 
 # A shell's background job has SIGINT ignored and hands that on: Ctrl-C is tested all the same.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -100,6 +101,16 @@ def spawn_node(spawn: Callable[..., Child]) -> Callable[..., Child]:
         return child
 
     return start
+
+
+@pytest.fixture
+def pair(new_name: Callable[[], str]) -> Iterator[Pair]:
+    """A segment of another host, and its mirror on this one."""
+    from mirror_helpers import Pair
+
+    made = Pair(new_name(), new_name())
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "shmcoord", "test
 CORE = (
     "segment", "liveness", "status", "lease", "node", "observe", "picker", "router", "waiting",
     "fork", "update", "dispatch", "lifecycle", "turns", "trace", "budget", "table", "policies",
-    "hedging", "origin", "mirror",
+    "hedging", "origin", "mirror", "mirror_leases", "mirror_routing",
 )  # fmt: skip
 FAULTS = ("header", "storage", "exhausted", "namespaces", "fuzz")
 #: Overruns a block of the heap by ctypes: must be reported, or nothing would be.
