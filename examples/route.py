@@ -1,13 +1,17 @@
 """A router: `python examples/route.py hello` sends twelve requests, each to the least loaded."""
 
+import argparse
 import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import shmcoord
 
-TEXT = " ".join(sys.argv[1:]) or "hello"
-router = shmcoord.Router("shm_example")
+parser = argparse.ArgumentParser()
+parser.add_argument("text", nargs="*", default=["hello"])
+parser.add_argument("--segment", default="shm_example", help="where the nodes are")
+arguments = parser.parse_args()
+TEXT = " ".join(arguments.text)
+router = shmcoord.Router(arguments.segment)
 
 
 def ask(number: int) -> str:

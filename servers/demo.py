@@ -14,7 +14,7 @@ from rich.text import Text
 
 import shmcoord
 from servers import client, view
-from servers.config import Cluster
+from servers.config import Cluster, ConfigError
 from servers.links import is_taken, links_of
 from servers.pb import shmcoord_cluster_pb2 as pb
 from servers.supervisor import NodeDiedError, Supervisor, unlink_segments
@@ -200,6 +200,9 @@ async def _inspect(cluster: Cluster, console: Console) -> None:
 def _free_cluster(loader: "Loader", console: Console) -> Cluster:
     """The cluster as configured, or beside it if its ports or segments are in use."""
     cluster = loader.load()
+    if cluster.has_bridges:
+        problem = "hosts: the demo runs on one machine, and these have bridges; use `up` on each"
+        raise ConfigError("demo", [problem])
     if loader.overridden:
         return cluster
     busy = [name for name in cluster.nodes if _port_taken(cluster, name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -112,3 +113,61 @@ def test_a_node_that_drains_before_the_news_sends_us_elsewhere(name: str) -> Non
         finally:
             for server in servers.values():
                 server.stop(None).wait()
+
+
+def test_the_end_of_a_server_breaks_no_call_of_another_host(name: str) -> None:
+    """No lease of theirs is in its memory: it must not think that nothing is on its way."""
+    errors: list[grpc.RpcError] = []
+    served = 0
+    enough = threading.Event()
+
+    with world(name, "h1", "h2") as hosts:
+        servers = {node: serve(hosts, node, lambda request, _: request) for node in "CD"}
+        try:
+            until(lambda: hosts.alive("h1", "h2") == {"C", "D"}, "both are shown")
+            with shmcoord.grpc.channel(hosts.mirror("h1", "h2"), group="G") as channel:
+                say = channel.unary_unary(METHOD)
+
+                def call() -> None:
+                    nonlocal served
+                    while not enough.is_set():
+                        try:
+                            say(b"x", timeout=10.0)
+                            served += 1
+                        except grpc.RpcError as error:
+                            errors.append(error)
+
+                callers = [threading.Thread(target=call) for _ in range(4)]
+                for caller in callers:
+                    caller.start()
+                # One after the other goes and comes again.
+                for turn in range(6):
+                    node = "CD"[turn % 2]
+                    until(lambda: hosts.alive("h1", "h2") == {"C", "D"}, "both are shown")
+                    before = served
+                    until(lambda: served > before + 20, "they are used")  # noqa: B023
+                    servers[node].stop(10.0).wait()
+                    servers[node] = serve(hosts, node, lambda request, _: request)
+                enough.set()
+                for caller in callers:
+                    caller.join()
+        finally:
+            enough.set()
+            for server in servers.values():
+                server.stop(None).wait()
+    assert errors == []
+
+
+@pytest.mark.parametrize(("remote", "least_s", "most_s"), [(False, 0.0, 0.2), (True, 0.2, 2.0)])
+def test_a_server_waits_only_for_hosts_that_have_called(
+    name: str, remote: bool, least_s: float, most_s: float
+) -> None:
+    with world(name, "h1", "h2") as hosts:
+        server = serve(hosts, "C", lambda request, _: request)
+        until(lambda: hosts.alive("h1", "h2") == {"C"}, "it is shown")
+        segment = hosts.mirror("h1", "h2") if remote else hosts.segments["h2"].name
+        with shmcoord.grpc.channel(segment, group="G") as channel:
+            assert channel.unary_unary(METHOD)(b"x", timeout=10.0) == b"x"
+            began = time.monotonic()
+            server.stop(10.0).wait()
+            assert least_s <= time.monotonic() - began < most_s

@@ -36,9 +36,17 @@ except zenoh.ZError as error:
     say("refused", error)
     raise SystemExit
 token = session.liveliness().declare_token(sys.argv[2])
+heard = []
+hears = zenoh.handlers.Callback(
+    lambda sample: heard.append(sample.payload.to_bytes()), indirect=False)
+realm = sys.argv[2].rpartition("/alive/")[0]
+listening = [session.declare_subscriber(key, hears) for key in ("**", realm + "/**")]
 say("open")
 for line in sys.stdin:
     key = line.strip()
+    if key == "heard":
+        say(heard.count(b"secret"))
+        continue
     if "/alive/" in key:
         tokens.append(session.liveliness().declare_token(key))
     else:
@@ -150,6 +158,27 @@ def test_a_host_speaks_for_itself_alone(
     assert forge(child, h1, victim.realm, "h3")  # it is linked, and heard for itself
     assert not forge(child, h1, victim.realm, "h2", wait_s=0.5)
     assert h1.hints("h2") == []  # nor does it show anybody else alive
+
+
+@pytest.mark.parametrize("who", ["h3", "stranger"])
+def test_frames_are_for_known_hosts(
+    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., object], keys: Path, who: str
+) -> None:
+    """A certificate of our CA alone lets nobody listen; that of a host, the control, does."""
+    victim = config(keys)
+    h1 = peer(victim)
+    child = rogue(spawn, victim, tls(keys, who), host=who)
+    assert child.hear() == "open"  # type: ignore[attr-defined]
+    ends = time.monotonic() + (5.0 if who == "h3" else 1.0)
+    count = 0
+    while not count and time.monotonic() < ends:
+        h1.publish(b"secret")
+        time.sleep(0.02)
+        child.say("heard")  # type: ignore[attr-defined]
+        count = int(child.hear())  # type: ignore[attr-defined]
+    assert (count > 0) == (who == "h3")
+    child.say("any/key")  # type: ignore[attr-defined]
+    assert child.hear() == "1"  # type: ignore[attr-defined]  # it was connected
 
 
 #: Keys that are not of one host, yet meet what a victim listens to.

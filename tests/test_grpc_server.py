@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -432,6 +433,192 @@ def test_infrastructure_occupies_no_worker_and_is_not_counted(start: Start) -> N
     assert code_of(busy) is grpc.StatusCode.OK
     wait_until(lambda: server.node.inflight == 0)
     assert server.node.served == 1
+
+
+def test_watches_do_not_stand_in_the_way_of_refusals(start: Start) -> None:
+    """They occupy every thread of what runs beside the workers."""
+
+    def back(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        yield from requests
+
+    server, channel = start(
+        1,
+        methods={"Echo": Method(echo), "Back": Method(back, True, True)},
+        handlers=[infrastructure()],
+    )
+    watches = []
+    for number in range(20):
+        watches.append(channel.unary_stream("/grpc.health.v1.Health/Watch")(b""))
+        if number < 16:
+            assert next(watches[-1]) == b"serving"
+    server._plug.drain()
+    refused = [channel.unary_unary(path("Echo")).future(b"x", timeout=5) for _ in range(40)]
+    never_sent = channel.stream_stream(path("Back"))(iter(threading.Event().wait, True), timeout=5)
+    assert {code_of(call) for call in [*refused, never_sent]} == {grpc.StatusCode.UNAVAILABLE}
+    assert {call.details() for call in [*refused, never_sent]} == {"node B is draining"}
+    assert trailing(refused[0])[NODE_KEY] == "B"
+    assert (server.node.served, server.node.inflight) == (0, 0)
+    for watch in watches:
+        watch.cancel()
+
+
+class Sending:
+    """A stream that does not occupy its thread: `send` is used by the test, or by `behave`."""
+
+    experimental_non_blocking = True
+
+    def __init__(self, behave: Callable[[Any, Any], None] = lambda context, send: None) -> None:
+        self.began = threading.Event()
+        self._behave = behave
+        self.send: Any = None
+        self.context: Any = None
+        self.thread = ""
+
+    def __call__(self, request: bytes, context: Any, send: Callable[[Any], None]) -> None:
+        self.context, self.send = context, send
+        self.thread = threading.current_thread().name
+        self.began.set()
+        self._behave(context, send)
+
+
+@pytest.fixture(params=["plain", "ours"])
+def sending(request: pytest.FixtureRequest, start: Start) -> Iterator[Callable[..., Any]]:
+    """Serves a `Sending` by one worker; plain gRPC is the control. Yields what makes the channel.
+
+    With it comes what tells the counts of the node: served, failed, in flight.
+    """
+    open_things: list[Any] = []
+
+    def make(handler: Sending, serializer: Any = None) -> tuple[grpc.Channel, Any]:
+        methods = {"Send": Method(handler, False, True), "Echo": Method(echo)}
+        if request.param == "ours":
+            server, channel = start(1, methods=methods, serializer=serializer)
+            node = server.node
+            return channel, lambda: (node.served, node.failed, node.inflight)
+        plain = grpc.server(ThreadPoolExecutor(1))
+        plain.add_generic_rpc_handlers((service(serializer, **methods),))
+        port = plain.add_insecure_port("127.0.0.1:0")
+        plain.start()
+        channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        open_things.append((plain, channel))
+        return channel, None
+
+    yield make
+    for plain, channel in open_things:
+        channel.close()
+        plain.stop(None).wait(10)
+
+
+def test_a_handler_that_does_not_block_sends_from_other_threads(
+    sending: Callable[..., Any],
+) -> None:
+    """It is in flight until its end, and its only worker is free meanwhile."""
+    handler = Sending()
+    channel, counts = sending(handler)
+    call = channel.unary_stream(path("Send"))(b"", timeout=20)
+    assert handler.began.wait(10)
+    assert channel.unary_unary(path("Echo"))(b"x", timeout=10) == b"x"
+    if counts:
+        wait_until(lambda: counts() == (1, 0, 1))
+    for response in (b"1", b"2"):
+        handler.send(response)
+        assert next(call) == response
+    if counts:
+        assert counts() == (1, 0, 1)
+    handler.context.set_trailing_metadata((("mine", "kept"),))
+    handler.send(None)
+    assert list(call) == []
+    assert call.code() is grpc.StatusCode.OK
+    assert trailing(call)["mine"] == "kept"
+    if counts:
+        assert trailing(call)[NODE_KEY] == "B"
+        wait_until(lambda: counts() == (2, 0, 0))
+
+
+def test_a_handler_that_does_not_block_may_end_at_once_or_fail(
+    sending: Callable[..., Any],
+) -> None:
+    def behave(context: Any, send: Any) -> None:
+        send(b"1")
+        if how == "raise":
+            raise ValueError("oops")
+        if how == "abort":
+            context.abort(grpc.StatusCode.INTERNAL, "oops")
+        context.set_code(grpc.StatusCode.NOT_FOUND)
+        send(None)
+
+    channel, counts = sending(Sending(behave))
+    failed = 0
+    for number, (how, code) in enumerate(
+        [
+            ("raise", grpc.StatusCode.UNKNOWN),
+            ("abort", grpc.StatusCode.INTERNAL),
+            ("end", grpc.StatusCode.NOT_FOUND),
+        ],
+        1,
+    ):
+        call = channel.unary_stream(path("Send"))(b"", timeout=10)
+        assert next(call) == b"1"
+        assert code_of(call) is code
+        failed += how != "end"
+        if counts:
+            wait_until(lambda: counts() == (number, failed, 0))  # noqa: B023 - within its round
+
+
+def test_a_handler_that_does_not_block_ends_with_its_call(sending: Callable[..., Any]) -> None:
+    """Gone is no failure; late is one; a response that cannot be serialized too."""
+
+    def serialize(response: bytes) -> bytes:
+        if response == b"bad":
+            raise ValueError("oops")
+        return response
+
+    handler = Sending()
+    channel, counts = sending(handler, serialize)
+    call = channel.unary_stream(path("Send"))
+    gone = call(b"")
+    assert handler.began.wait(10)
+    gone.cancel()
+    if counts:
+        wait_until(lambda: counts() == (1, 0, 0))
+    assert code_of(call(b"", timeout=0.1)) is grpc.StatusCode.DEADLINE_EXCEEDED
+    if counts:
+        wait_until(lambda: counts() == (2, 1, 0))
+    handler.began.clear()
+    unserialized = call(b"", timeout=10)
+    assert handler.began.wait(10)
+    handler.send(b"bad")
+    assert code_of(unserialized) is grpc.StatusCode.INTERNAL
+    if counts:
+        wait_until(lambda: counts() == (3, 2, 0))
+
+
+def test_a_handler_with_a_pool_of_its_own_runs_there(sending: Callable[..., Any]) -> None:
+    handler = Sending(lambda context, send: send(None))
+    with ThreadPoolExecutor(1, thread_name_prefix="own") as pool:
+        handler.experimental_thread_pool = pool  # type: ignore[attr-defined]
+        channel, counts = sending(handler)
+        assert list(channel.unary_stream(path("Send"))(b"", timeout=10)) == []
+        assert handler.thread.startswith("own")
+        if counts:
+            wait_until(lambda: counts() == (1, 0, 0))
+
+
+def test_draining_waits_for_a_handler_that_does_not_block(start: Start, segment: Segment) -> None:
+    """One that came with a lease is counted by it alone; it may finish."""
+    handler = Sending()
+    server, channel = start(1, methods={"Send": Method(handler, False, True)}, capacity=2)
+    with Router(segment.name) as router:
+        lease = router.acquire("GREEN")
+        call = channel.unary_stream(path("Send"))(b"", timeout=20, metadata=metadata(lease.token))
+        assert handler.began.wait(10)
+        assert server.node.inflight == 1
+        stopped = server.stop(10)
+        assert not stopped.wait(0.1)
+        handler.send(b"last")
+        handler.send(None)
+        assert list(call) == [b"last"]
+        assert stopped.wait(5)
 
 
 def infrastructure() -> grpc.GenericRpcHandler:

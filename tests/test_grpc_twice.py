@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,13 @@ Make = Callable[..., Pair]
 
 channels = pytest.mark.parametrize("channel", CHANNELS)
 servers = pytest.mark.parametrize("kind", SERVERS)
-#: Where it is the channel alone that matters.
-some_servers = pytest.mark.parametrize("kind", SERVERS if FULL else ("threads", "aio"))
+#: Where it is the channel alone that matters, and which server it is called on does not.
+channels_with_a_server = pytest.mark.parametrize(
+    ("kind", "channel"),
+    itertools.product(SERVERS, CHANNELS) if FULL else [("threads", "sync"), ("aio", "aio")],
+)
+#: How a handler says what it has copied, and what it says of the lease.
+SAID = (("set", None), ("abort", "1"), ("status", None))
 BLOCKING = (False, True)
 
 
@@ -174,8 +180,7 @@ def drop_later(metadata: tuple[Any, ...], attempt: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("aside", [False, True], ids=["", "aside"])
-@channels
-@some_servers
+@channels_with_a_server
 def test_what_goes_out_without_the_lease_is_not_sent_elsewhere(
     pair: Make, kind: str, channel: str, aside: bool
 ) -> None:
@@ -194,8 +199,7 @@ def test_what_goes_out_without_the_lease_is_not_sent_elsewhere(
 
 @pytest.mark.parametrize("change", [copy, drop_later])
 @pytest.mark.parametrize("aside", [False, True], ids=["", "aside"])
-@channels
-@some_servers
+@channels_with_a_server
 def test_attempts_of_an_interceptor_stay_on_one_node(
     pair: Make, kind: str, channel: str, change: Any, aside: bool
 ) -> None:
@@ -210,8 +214,12 @@ def test_attempts_of_an_interceptor_stay_on_one_node(
 
 
 @pytest.mark.parametrize("change", [copy, drop_later])
-@channels
-@pytest.mark.parametrize("kind", ["plug", "aio plug"])
+@pytest.mark.parametrize(
+    ("kind", "channel"),
+    itertools.product(["plug", "aio plug"], CHANNELS)
+    if FULL
+    else [("plug", "sync"), ("aio plug", "aio")],
+)
 def test_a_second_attempt_counts_though_the_first_was_not_begun(
     pair: Make, kind: str, channel: str, change: Any
 ) -> None:
@@ -291,9 +299,16 @@ class Status(NamedTuple):
     trailing_metadata: Any
 
 
-@pytest.mark.parametrize(("how", "value"), [("set", None), ("abort", "1"), ("status", None)])
-@channels
-@servers
+@pytest.mark.parametrize(
+    ("kind", "channel", "how", "value"),
+    [
+        (kind, channel, *said)
+        for server, kind in enumerate(SERVERS)
+        for number, said in enumerate(SAID)
+        # Each server and each way meets either channel.
+        for channel in (CHANNELS if FULL else CHANNELS[(server + number) % 2 :][:1])
+    ],
+)
 def test_a_handler_cannot_say_that_nothing_was_done(
     pair: Make, kind: str, channel: str, value: str | None, how: str
 ) -> None:
@@ -351,7 +366,7 @@ def test_what_a_foreign_server_copies_proves_nothing(
 
 
 @channels
-@pytest.mark.parametrize("kind", SERVERS)
+@servers
 def test_a_refusal_of_ours_leads_to_the_other_node(pair: Make, kind: str, channel: str) -> None:
     nodes = pair(kind, lambda nodes, context: b"done")
     refused = []
@@ -368,8 +383,7 @@ def test_a_refusal_of_ours_leads_to_the_other_node(pair: Make, kind: str, channe
     assert len(nodes.executed) == 4
 
 
-@channels
-@some_servers
+@channels_with_a_server
 def test_retries_of_grpc_itself_are_served(pair: Make, kind: str, channel: str) -> None:
     """By a service config, with the lease of the first attempt: they stay on the node."""
 

@@ -9,7 +9,8 @@ same thread either rejects the call or gives it to the executor. So:
 - the handler, in a thread of the pool, adopts the lease or begins a request;
 - the end of the pool's task ends all of it. For a response stream this is the end of the stream
   (`grpc._server._stream_response_in_pool` iterates the responses inside of the task), and for a
-  call that was cancelled while it waited it is all that happens.
+  call that was cancelled while it waited it is all that happens. Only a handler that is
+  `experimental_non_blocking` goes on after its task: until gRPC says that the call is over.
 
 A call that is rejected (no such method, `maximum_concurrent_rpcs`) is never submitted. Its note is
 wiped by the next call, before anything else of that call happens.
@@ -18,6 +19,9 @@ Infrastructure (health, reflection, reports), and methods that are excluded, run
 their own and are not counted: a client that watches the health must not occupy a worker. One that
 came with a lease adopts it all the same: its client takes a lease that nobody adopted for a proof
 that nothing was executed.
+
+Requests that are refused since the server drains have threads of their own as well: watches may
+occupy all of that pool for as long as they like.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ __all__ = ["Arrival", "CountingExecutor", "CountingInterceptor", "Notes"]
 
 # Threads are made as they are needed. Each watch of a health service that blocks needs one.
 _ASIDE_WORKERS = 16
+# None of them ever waits for anything: a refusal reads no message.
+_REFUSING_WORKERS = 2
 # Wrapped handlers that are kept. A generic handler may serve any method that a client names.
 _KEPT = 1024
 
@@ -52,7 +58,16 @@ class Arrival:
     queue leaves nothing behind.
     """
 
-    __slots__ = ("aside", "failed", "membership", "refused", "request", "token", "waits")
+    __slots__ = (
+        "aside",
+        "failed",
+        "goes_on",
+        "membership",
+        "refused",
+        "request",
+        "token",
+        "waits",
+    )
 
     def __init__(self, membership: Membership, token: str | None, *, aside: bool = False) -> None:
         self.membership = membership
@@ -64,6 +79,8 @@ class Arrival:
         self.waits = False
         self.request: Request | None = None
         self.failed = False
+        # It does not end with its task: its handler sends from other threads.
+        self.goes_on = False
 
     def wait(self) -> None:
         """Count it among what waits; one with a lease is counted by that already."""
@@ -121,6 +138,7 @@ class CountingInterceptor(grpc.ServerInterceptor):
         self._membership = membership
         self._notes = notes
         self._handlers = handlers
+        self._refusing = handlers.refusing()
         self._wrapped: dict[str, tuple[Any, Any]] = {}
 
     def intercept_service(
@@ -135,7 +153,9 @@ class CountingInterceptor(grpc.ServerInterceptor):
         method = details.method
         token = token_in(details.invocation_metadata)
         aside = is_infrastructure(method) or not self._membership.counts(method)
-        notes.arrived = Arrival(self._membership, token, aside=aside)
+        arrival = notes.arrived = Arrival(self._membership, token, aside=aside)
+        if arrival.refused:
+            return self._refusing
         if aside and token is None:
             return handler
         kept = self._wrapped.get(method)
@@ -157,6 +177,9 @@ class CountingExecutor(ThreadPoolExecutor):
 
     def __init__(self, notes: Notes, workers: Executor) -> None:
         super().__init__(_ASIDE_WORKERS, thread_name_prefix="shmcoord-aside")
+        self._refusing = ThreadPoolExecutor(
+            _REFUSING_WORKERS, thread_name_prefix="shmcoord-refusing"
+        )
         self._notes = notes
         self._workers = workers
 
@@ -165,6 +188,8 @@ class CountingExecutor(ThreadPoolExecutor):
         arrival, self._notes.arrived = self._notes.arrived, None
         if arrival is None:
             return self._workers.submit(fn, *args, **kwargs)
+        if arrival.refused:
+            return self._refusing.submit(self._serve, arrival, fn, args, kwargs)
         if arrival.aside:
             return super().submit(self._serve, arrival, fn, args, kwargs)
         arrival.wait()
@@ -182,9 +207,11 @@ class CountingExecutor(ThreadPoolExecutor):
             return fn(*args, **kwargs)
         finally:
             self._notes.current = None
-            arrival.end()
+            if not arrival.goes_on:
+                arrival.end()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Shut both pools down."""
+        """Shut all pools down."""
         self._workers.shutdown(wait=wait, cancel_futures=cancel_futures)
         super().shutdown(wait=wait, cancel_futures=cancel_futures)
+        self._refusing.shutdown(wait=wait, cancel_futures=cancel_futures)

@@ -61,6 +61,18 @@ class Handlers:
             wrap(inner), handler.request_deserializer, self._serializer(handler.response_serializer)
         )
 
+    def refusing(self) -> Any:
+        """Return the handler of every call that comes without a lease while the server drains.
+
+        To gRPC it is one that gets a stream: it does not wait for a message that may never come.
+        The caller cannot tell.
+        """
+
+        def never(requests: Any, context: Any) -> Any:
+            raise AssertionError("a call that is refused was begun")
+
+        return grpc.stream_unary_rpc_method_handler(self._unary(never))
+
     def _serializer(self, serialize: Callable[[Any], bytes] | None) -> Any:
         """A response that cannot be serialized is the server's fault: gRPC says INTERNAL."""
         if serialize is None:
@@ -95,6 +107,9 @@ class Handlers:
         return _like(serve, behavior)
 
     def _stream(self, behavior: _Behavior) -> _Behavior:
+        if getattr(behavior, "experimental_non_blocking", False):
+            return self._callback(behavior)
+
         def serve(request: Any, context: Any) -> Iterator[Any]:
             arrival, alone = self._arrival(context)
             try:
@@ -110,6 +125,60 @@ class Handlers:
             finally:
                 if alone:
                     self._end(arrival)
+
+        return _like(serve, behavior)
+
+    def _callback(self, behavior: _Behavior) -> _Behavior:
+        """A stream that does not occupy its thread: the handler gets a function to send with.
+
+        It may keep that and return, and any thread may send later; None is the end. So the call
+        ends when both the handler has returned and gRPC says that the call is over.
+        """
+        notes = self._notes
+
+        def serve(request: Any, context: Any, send: Callable[[Any], None]) -> None:
+            arrival, alone = self._arrival(context)
+            arrival.goes_on = True
+            left = [None]  # of the handler and the call, who comes first takes this
+            judged = False
+
+            def part() -> None:
+                try:
+                    left.pop()  # one step under the GIL
+                except IndexError:
+                    arrival.end()
+
+            def over() -> None:
+                if not judged:  # the client is gone, or its deadline is
+                    arrival.failed = arrival.failed or _is_late(context)
+                part()
+
+            def send_counted(response: Any) -> None:
+                nonlocal judged
+                if response is None and not judged:
+                    judged = True
+                    unserialized = arrival.failed
+                    self._succeed(arrival, context)
+                    arrival.failed = arrival.failed or unserialized
+                before, notes.current = notes.current, arrival
+                try:
+                    send(response)
+                finally:
+                    notes.current = before
+
+            try:
+                if not context.add_callback(over):
+                    over()
+                self._begin(arrival, context)
+                behavior(request, context, send_counted)
+            except BaseException as error:
+                judged = True
+                self._fail(arrival, context, error)
+                raise
+            finally:
+                if alone:
+                    notes.current = None
+                part()
 
         return _like(serve, behavior)
 
@@ -183,8 +252,9 @@ def _is_late(context: Any) -> bool:
 
 
 def _like(serve: _Behavior, behavior: _Behavior) -> _Behavior:
-    """Let gRPC run it where it would have run the handler itself."""
-    pool = getattr(behavior, "experimental_thread_pool", None)
-    if pool is not None:
-        serve.experimental_thread_pool = pool  # type: ignore[attr-defined]
+    """Let gRPC run it where, and as, it would have run the handler itself."""
+    for name in ("experimental_non_blocking", "experimental_thread_pool"):
+        value = getattr(behavior, name, None)
+        if value is not None:
+            setattr(serve, name, value)
     return serve

@@ -180,6 +180,18 @@ async def test_who_connects_while_it_ends_hears_unavailable(
     assert set(codes) == {OK, UNAVAILABLE}, codes
 
 
+def listening_at(endpoint: str) -> _closing.Listeners:
+    """What listens there, as a server of ours would know it."""
+    path, port = endpoint.removeprefix("unix:"), endpoint.rpartition(":")[2]
+    found = _closing.Listeners()
+    for _, inode, opened in _closing._sockets():
+        name = _closing._name(opened)
+        if _closing._listens(opened) and (name.address == path or str(name.port) == port):
+            found.names[inode] = name
+    assert len(found.names) == 1
+    return found
+
+
 @pytest.mark.parametrize("kind", ["port", "socket"])
 async def test_a_port_that_stays_open_cancels(
     tmp_path: Path, kind: str, report: Callable[..., None]
@@ -187,7 +199,7 @@ async def test_a_port_that_stays_open_cancels(
     """The control: all connections are closed, but the server still listens until it stops."""
 
     async def end(server: grpc.aio.Server, endpoint: str) -> None:
-        _closing._sever([_closing._address(endpoint)])
+        listening_at(endpoint).sever()
         await asyncio.sleep(0.005)
         await server.stop(None)
 
@@ -225,7 +237,8 @@ def test_only_the_server_s_own_connections_are_closed():
             client.settimeout(5)
             ends.append((client, accepted))
         ends[0][1].sendall(b"last words")
-        assert _closing._sever([ours.getsockname()[1]]) == 1
+        listeners = listening_at(f"127.0.0.1:{ours.getsockname()[1]}")
+        assert listeners.sever() == 1
         assert ends[0][0].recv(100) == b"last words"
         assert ends[0][0].recv(100) == b""
         ends[1][1].sendall(b"x")
@@ -233,7 +246,7 @@ def test_only_the_server_s_own_connections_are_closed():
         stack.enter_context(socket.create_connection(ours.getsockname()))
         stack.enter_context(ours.accept()[0])  # it still listens
         address = ours.getsockname()
-        assert _closing._deafen([address[1]]) == 1
+        listeners.deafen()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)
         stack.enter_context(socket.create_connection(other.getsockname()))  # which still does

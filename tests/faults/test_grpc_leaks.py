@@ -153,6 +153,10 @@ class Keeping(shmcoord.Router):
     def acquire(self, *args: Any, **options: Any) -> Any:
         return Kept(super().acquire(*args, **options))
 
+    def try_acquire(self, *args: Any, **options: Any) -> Any:
+        lease = super().try_acquire(*args, **options)
+        return None if lease is None else Kept(lease)
+
 
 class Kept:
     def __init__(self, lease: shmcoord.Lease) -> None:
