@@ -503,6 +503,56 @@ def test_the_bridge_dies_and_another_takes_over(pair: Pair, spawn: Callable[...,
     assert not node.left
 
 
+def test_a_bridge_killed_at_any_moment_leaves_no_cells(
+    pair: Pair, spawn: Callable[..., Child]
+) -> None:
+    """It dies while it takes, moves and frees cells; routers go on, and the next one takes over."""
+    node = pair.there.join("B", group="G", endpoint="e", capacity=3)
+    raw, draw = Raw(pair.here.name), random.Random(7)
+    with Router(pair.here) as router:
+        for _ in range(8):
+            child = spawn(
+                "from shmcoord.mirror import Mirror\nfrom shmcoord.origin import Origin\n"
+                "origin = Origin(Segment.attach(sys.argv[2]))\n"
+                "mirror = Mirror(Segment.open(name), 5, 5.0)\n"
+                "mirror.set_members(origin.incarnation, origin.members())\n"
+                "say('shown')\n"
+                "while True: mirror.apply(origin.entries(True), 0)",
+                pair.here.name,
+                pair.there.name,
+            )
+            assert child.hear() == "shown"
+            ours: list[Any] = []
+            theirs: list[Any] = []
+            until = time.monotonic() + draw.uniform(0.01, 0.04)
+            while time.monotonic() < until:
+                with contextlib.suppress(Saturated):
+                    ours.append(router.acquire("G"))
+                if len(theirs) < 5:
+                    theirs.append(node.request())
+                if ours and draw.random() < 0.7:
+                    ours.pop().release()
+                if theirs and draw.random() < 0.4:
+                    theirs.pop(draw.randrange(len(theirs))).end()
+            child.kill()
+            for lease in ours:
+                lease.release()
+            pair.mirror = Mirror(pair.here, HERE, SUSPECT_S)
+            assert pair.members() == []
+            pair.tell()
+            assert raw.taken() == len(theirs) == pair.queue()
+            for request in theirs:
+                request.end()
+            pair.tell()
+            assert raw.taken() == pair.queue() == 0
+            with contextlib.ExitStack() as held:
+                for _ in range(3):
+                    held.enter_context(router.acquire("G"))
+                with pytest.raises(Saturated):
+                    router.acquire("G")
+            pair.mirror.leave()
+
+
 class _Broken:
     """A transport whose connection breaks once the node has begun."""
 
