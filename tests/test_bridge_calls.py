@@ -158,16 +158,21 @@ def test_the_end_of_a_server_breaks_no_call_of_another_host(name: str) -> None:
     assert errors == []
 
 
-@pytest.mark.parametrize(("remote", "least_s", "most_s"), [(False, 0.0, 0.2), (True, 0.2, 2.0)])
-def test_a_server_waits_only_for_hosts_that_have_called(
-    name: str, remote: bool, least_s: float, most_s: float
-) -> None:
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_server_waits_only_for_hosts_that_have_called(name: str, remote: bool) -> None:
+    """The shortest of some ends: a loaded machine makes any of them longer."""
+    took = []
     with world(name, "h1", "h2") as hosts:
-        server = serve(hosts, "C", lambda request, _: request)
-        until(lambda: hosts.alive("h1", "h2") == {"C"}, "it is shown")
-        segment = hosts.mirror("h1", "h2") if remote else hosts.segments["h2"].name
-        with shmcoord.grpc.channel(segment, group="G") as channel:
-            assert channel.unary_unary(METHOD)(b"x", timeout=10.0) == b"x"
-            began = time.monotonic()
-            server.stop(10.0).wait()
-            assert least_s <= time.monotonic() - began < most_s
+        for _ in range(5):
+            server = serve(hosts, "C", lambda request, _: request)
+            until(lambda: hosts.alive("h1", "h2") == {"C"}, "it is shown")
+            segment = hosts.mirror("h1", "h2") if remote else hosts.segments["h2"].name
+            with shmcoord.grpc.channel(segment, group="G") as channel:
+                assert channel.unary_unary(METHOD)(b"x", timeout=10.0) == b"x"
+                began = time.monotonic()
+                server.stop(10.0).wait()
+                took.append(time.monotonic() - began)
+            until(lambda: hosts.alive("h1", "h2") == set(), "it is gone")
+            if took[-1] < 0.2:
+                break
+    assert (min(took) >= 0.2) == remote

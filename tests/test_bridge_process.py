@@ -17,9 +17,14 @@ import pytest
 
 pytest.importorskip("zenoh", reason="the extra `bridge` is not installed")
 
+import msgspec
 from bridge_helpers import SUSPECT_S, until
+from bridge_peers import Peer
 
 from shmcoord import Health, Router, Segment, State
+from shmcoord.bridge.config import load
+from shmcoord.bridge.frame import decode, encode
+from shmcoord.bridge.sending import Sender
 
 COMMAND = (sys.executable, "-m", "shmcoord")
 
@@ -211,3 +216,42 @@ def test_without_the_extra(name: str, tmp_path: Path) -> None:
         assert module in done.stderr
         assert "pip install shmcoord[bridge]" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_what_a_bridge_hears_twice_too_late_or_of_others(name: str, tmp_path: Path) -> None:
+    """A real bridge, and a peer that says what an honest one would not."""
+    hosts = Hosts(name, tmp_path, "tcp")
+    config = load(hosts.file, host="h2")
+    hosts.start("h1")
+    peer = Peer("zenoh", config.engine_config())
+    try:
+        with (
+            Segment.open(f"{name}.h2") as segment,
+            segment.join("C", group="G", endpoint="127.0.0.1:1") as node,
+        ):
+            assert peer.error is None
+            peer.wait(lambda: peer.hints("h1") == ["up"], "they are linked")
+            honest, other = Sender("h2", [segment.name]), Sender("h1", [segment.name])
+            stale = honest.frame(full=True)
+            time.sleep(2 * SUSPECT_S)
+            first = honest.frame(full=True)
+            peer.publish(first)
+            until(hosts.is_alive, "C is shown")
+            with node.request():
+                told = honest.frame(full=True)
+            late = decode(honest.frame(full=True))
+            late = msgspec.structs.replace(late, sent_ns=late.sent_ns - 1_000_000_000)
+            wrong = (told, told, first, stale, encode(late), other.frame(full=True), b"nonsense")
+            for frame in wrong:
+                peer.publish(frame)
+                time.sleep(0.01)
+            # What counts is the first of those alone.
+            with Segment.attach(f"{name}.h2.h1") as mirror:
+                until(lambda: mirror.status("C").queue == 1, "the request is told of")
+            hosts.bridges["h1"].terminate()
+            assert hosts.bridges["h1"].wait(10.0) == 0
+    finally:
+        peer.close()
+        hosts.close()
+    summary = "host h2: 2 frames; dropped: 1 repeated, 2 overtaken, 1 late, 2 wrong"
+    assert summary in hosts.logs["h1"].read_text()

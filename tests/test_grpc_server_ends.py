@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,27 @@ def is_served(endpoint: str) -> bool:
         return own.unary_unary(path("Echo"))(b"x", timeout=T) == b"x"
 
 
+def watching(
+    channel: grpc.Channel,
+    until: contextlib.ExitStack,
+    states: list[grpc.ChannelConnectivity] | None = None,
+) -> list[grpc.ChannelConnectivity]:
+    """What a channel says of its state, until the stack is left: before the channel is closed.
+
+    gRPC looks at the state in a thread, five times a second, which a close alone would end with an
+    exception that nobody catches.
+    """
+    told = [] if states is None else states
+
+    def unwatch() -> None:
+        channel.unsubscribe(told.append)
+        time.sleep(0.25)
+
+    channel.subscribe(told.append)
+    until.callback(unwatch)
+    return told
+
+
 def test_stopping_leaves_other_sockets_of_the_same_port_alone(ends: Ends) -> None:
     """Of other servers on other addresses, connected and not; and of another protocol."""
     server, port = ends.begin("A")
@@ -138,12 +160,11 @@ def test_stopping_leaves_other_sockets_of_the_same_port_alone(ends: Ends) -> Non
         datagrams.bind(("127.0.0.1", port))
         datagrams.settimeout(T)
         accepted, _ = listener.accept()
-        with accepted:
+        with accepted, contextlib.ExitStack() as accepted_by:
             accepted.settimeout(T)
-            states: list[grpc.ChannelConnectivity] = []
             call = channel.unary_unary(path("Echo"))
             assert call(b"x", timeout=T) == b"x"
-            channel.subscribe(states.append)
+            states = watching(channel, accepted_by)
             ends.end(server)
             client.sendall(b"still")
             assert accepted.recv(5) == b"still"
@@ -174,11 +195,11 @@ def test_stopping_leaves_a_server_alone_that_shares_the_port(ends: Ends) -> None
             call = channel.unary_unary(path("Echo"))
             _, done = call.with_call(b"x", timeout=T)
             calls.append((trailing(done)[NODE_KEY], channel))
-        states: list[grpc.ChannelConnectivity] = []
         others = [channel for node, channel in calls if node == "B"]
         assert 0 < len(others) < len(calls)
-        for channel in others:
-            channel.subscribe(states.append)
+        states = watching(others[0], channels)
+        for channel in others[1:]:
+            watching(channel, channels, states)
         ends.end(server)
         for _, channel in calls:  # those of A connect anew
             call = channel.unary_unary(path("Echo"))
@@ -193,10 +214,9 @@ def test_stopping_closes_a_wildcard_and_a_unix_socket(ends: Ends, tmp_path: Path
     unix, _ = ends.begin("B", f"unix:{tmp_path / 's'}")
     for server_, endpoint in ((server, f"127.0.0.1:{port}"), (unix, f"unix:{tmp_path / 's'}")):
         assert is_served(endpoint)
-        ended = []
-        with grpc.insecure_channel(endpoint) as channel:
+        with grpc.insecure_channel(endpoint) as channel, contextlib.ExitStack() as stack:
             channel.unary_unary(path("Echo"))(b"x", timeout=T)
-            channel.subscribe(ended.append)
+            ended = watching(channel, stack)
             ends.end(server_)
             wait_until(lambda seen=ended: grpc.ChannelConnectivity.IDLE in seen)
     assert not (tmp_path / "s").exists()
