@@ -189,7 +189,7 @@ def test_a_call_that_was_cancelled_is_not_begun(cluster: Cluster, stub: Stub, no
     held.result(5)
     none_held(cluster)
     core = stub.Say._core  # a node that was found at that moment
-    lease = core.acquire(GROUP)
+    lease = core.acquire(GROUP, 5.0)
     call._flight.launch(lease, core.pool.take(node.endpoint))
     assert cluster.held() == 0
     assert node.seen == ["warm", "hold"]

@@ -40,6 +40,8 @@ def test_stopped_and_continued(new_name, spawn, spawn_node, count, report):
         child = spawn(BUSY, name)
         assert child.hear() == "joined"
         pid = segment.status("B").pid
+        # Its router claims a slot with its first lease.
+        wait_until(lambda: bin(int.from_bytes(Raw(name).read(384, 8), "little")).count("1") == 2)
         for _ in range(stops):
             time.sleep(random.random() * 0.02)
             child.stop()
