@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
+
+from helpers import wait_until
 
 from shmcoord import Health, Segment
 from shmcoord.bridge._memory import Hub, MemoryBridge, hub
@@ -16,12 +17,10 @@ SUSPECT_S = 0.25
 
 def until(true: Callable[[], object], what: str, timeout_s: float = 5.0) -> float:
     """Wait until something is so; how long it took, seconds."""
-    begun = time.monotonic()
-    while not true():
-        if time.monotonic() - begun > timeout_s:
-            raise AssertionError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(0.001)
-    return time.monotonic() - begun
+    try:
+        return wait_until(true, timeout_s, every_s=0.001)
+    except AssertionError:
+        raise AssertionError(f"not within {timeout_s:g} s: {what}") from None
 
 
 class World:

@@ -22,8 +22,9 @@ import pytest
 
 pytest.importorskip("zenoh", reason="the extra `bridge` is not installed")
 
-from bridge_peers import Heard, Peer, Relay
+from bridge_peers import Heard, Peer, free_port
 
+from bench.bridge.relay import Relay
 from shmcoord.bridge import engine as module
 from shmcoord.bridge._memory import MemoryBridge, hub
 from shmcoord.bridge.engine import EngineConfig, EngineNotFound, Tls, engine
@@ -83,7 +84,7 @@ class Net:
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind = kind
         self.realm = f"test-{os.getpid()}-{time.monotonic_ns()}"
-        self._ports = {host: _free_port() for host in HOSTS}
+        self._ports = {host: free_port() for host in HOSTS}
         self._folder = folder
         self._made: list[Any] = []
         self._server = _Redis(folder) if kind == "redis" else None
@@ -166,7 +167,7 @@ class _Redis:
     """A server of our own, in memory only."""
 
     def __init__(self, folder: Path) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self._process = subprocess.Popen(
             [*("redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "")],
             cwd=folder,
@@ -185,12 +186,6 @@ class _Redis:
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(10.0)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 FULL = os.environ.get("SHMCOORD_FAULTS") == "full"

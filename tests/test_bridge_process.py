@@ -19,7 +19,7 @@ pytest.importorskip("zenoh", reason="the extra `bridge` is not installed")
 
 import msgspec
 from bridge_helpers import SUSPECT_S, until
-from bridge_peers import Peer
+from bridge_peers import Peer, free_port
 
 from shmcoord import Health, Router, Segment, State
 from shmcoord.bridge.config import load
@@ -27,12 +27,6 @@ from shmcoord.bridge.frame import decode, encode
 from shmcoord.bridge.sending import Sender
 
 COMMAND = (sys.executable, "-m", "shmcoord")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class Hosts:

@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("zenoh", reason="the extra `bridge` is not installed")
 
-from bridge_peers import Peer
+from bridge_peers import Peer, free_port
+from helpers import Child
 
 from shmcoord.bridge._zenoh import ZenohBridge, settings
 from shmcoord.bridge.engine import EngineConfig, EngineError, Tls
@@ -55,12 +56,6 @@ for line in sys.stdin:
 """
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     generate(tmp_path, {host: ["127.0.0.1"] for host in (*HOSTS, "stranger")})
@@ -98,12 +93,12 @@ def peer() -> Iterator[Callable[[EngineConfig], Peer]]:
 
 
 def rogue(
-    spawn: Callable[..., object],
+    spawn: Callable[..., Child],
     victim: EngineConfig,
     own: Tls | None,
     scheme: str = "",
     host: str = "h2",
-) -> object:
+) -> Child:
     """A process that connects to the victim with these certificates and says what it likes.
 
     It shows `host` alive. If the victim connects to somebody, it listens there instead.
@@ -124,12 +119,12 @@ def rogue(
     return spawn(ROGUE, json.dumps(raw), f"shmcoord/{victim.realm}/alive/{host}")
 
 
-def forge(child: object, victim: Peer, realm: str, host: str, *, wait_s: float = 3.0) -> bool:
+def forge(child: Child, victim: Peer, realm: str, host: str, *, wait_s: float = 3.0) -> bool:
     """Put frames on a host's key for a while; whether one was delivered."""
     ends = time.monotonic() + wait_s
     while time.monotonic() < ends:
-        child.say(f"shmcoord/{realm}/frame/{host}")  # type: ignore[attr-defined]
-        child.hear()  # type: ignore[attr-defined]
+        child.say(f"shmcoord/{realm}/frame/{host}")
+        child.hear()
         if b"forged" in victim.frames(host):
             return True
         time.sleep(0.02)
@@ -137,24 +132,24 @@ def forge(child: object, victim: Peer, realm: str, host: str, *, wait_s: float =
 
 
 def test_without_rules_anybody_speaks_for_anybody(
-    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., object]
+    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., Child]
 ) -> None:
     """The control: on plain TCP, which is for loopback, a forged frame is delivered."""
     victim = config(None)
     h1 = peer(victim)
     child = rogue(spawn, victim, None)
-    assert child.hear() == "open"  # type: ignore[attr-defined]
+    assert child.hear() == "open"
     assert forge(child, h1, victim.realm, "h2")
     assert h1.hints("h2") == ["up"]
 
 
 def test_a_host_speaks_for_itself_alone(
-    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., object], keys: Path
+    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., Child], keys: Path
 ) -> None:
     victim = config(keys)
     h1 = peer(victim)
     child = rogue(spawn, victim, tls(keys, "h3"))
-    assert child.hear() == "open"  # type: ignore[attr-defined]
+    assert child.hear() == "open"
     assert forge(child, h1, victim.realm, "h3")  # it is linked, and heard for itself
     assert not forge(child, h1, victim.realm, "h2", wait_s=0.5)
     assert h1.hints("h2") == []  # nor does it show anybody else alive
@@ -162,23 +157,23 @@ def test_a_host_speaks_for_itself_alone(
 
 @pytest.mark.parametrize("who", ["h3", "stranger"])
 def test_frames_are_for_known_hosts(
-    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., object], keys: Path, who: str
+    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., Child], keys: Path, who: str
 ) -> None:
     """A certificate of our CA alone lets nobody listen; that of a host, the control, does."""
     victim = config(keys)
     h1 = peer(victim)
     child = rogue(spawn, victim, tls(keys, who), host=who)
-    assert child.hear() == "open"  # type: ignore[attr-defined]
+    assert child.hear() == "open"
     ends = time.monotonic() + (5.0 if who == "h3" else 1.0)
     count = 0
     while not count and time.monotonic() < ends:
         h1.publish(b"secret")
         time.sleep(0.02)
-        child.say("heard")  # type: ignore[attr-defined]
-        count = int(child.hear())  # type: ignore[attr-defined]
+        child.say("heard")
+        count = int(child.hear())
     assert (count > 0) == (who == "h3")
-    child.say("any/key")  # type: ignore[attr-defined]
-    assert child.hear() == "1"  # type: ignore[attr-defined]  # it was connected
+    child.say("any/key")
+    assert child.hear() == "1"  # it was connected
 
 
 #: Keys that are not of one host, yet meet what a victim listens to.
@@ -186,23 +181,23 @@ WIDE = ("frame/*", "frame/**", "**", "frame/h$*", "*/h2", "frame/h3/**")
 
 
 def test_without_rules_a_wide_key_speaks_for_all(
-    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., object]
+    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., Child]
 ) -> None:
     """The control: that these keys are delivered where no rule stops them."""
     victim = config(None)
     h1 = peer(victim)
     child = rogue(spawn, victim, None)
-    assert child.hear() == "open"  # type: ignore[attr-defined]
+    assert child.hear() == "open"
     assert forge(child, h1, victim.realm, "h2")
     for key in WIDE[:-1]:
         before = len(h1.frames())
-        child.say(f"shmcoord/{victim.realm}/{key}")  # type: ignore[attr-defined]
+        child.say(f"shmcoord/{victim.realm}/{key}")
         h1.wait(lambda n=before: len(h1.frames()) > n, key)
 
 
 @pytest.mark.parametrize("who", ["connects", "is connected to"])
 def test_no_wide_key_gets_past_the_rules(
-    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., object], keys: Path, who: str
+    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., Child], keys: Path, who: str
 ) -> None:
     """A host with a good certificate, whichever of the two sides it has of the connection."""
     at = () if who == "connects" else (f"tls/127.0.0.1:{free_port()}",)
@@ -210,16 +205,16 @@ def test_no_wide_key_gets_past_the_rules(
     child = rogue(spawn, victim, tls(keys, "h3"), host="h3") if at else None
     h1 = peer(victim)
     child = child or rogue(spawn, victim, tls(keys, "h3"), host="h3")
-    assert child.hear() == "open"  # type: ignore[attr-defined]
+    assert child.hear() == "open"
     assert forge(child, h1, victim.realm, "h3")
     h1.wait(lambda: h1.hints("h3"), "h3 is there")
     for key in (*WIDE, "frame/h2", "alive/h2", "alive/*", "alive/**"):
-        child.say(f"shmcoord/{victim.realm}/{key}")  # type: ignore[attr-defined]
-        child.hear()  # type: ignore[attr-defined]
+        child.say(f"shmcoord/{victim.realm}/{key}")
+        child.hear()
     time.sleep(0.1)
     count = len(h1.frames("h3"))
-    child.say(f"shmcoord/{victim.realm}/frame/h3")  # type: ignore[attr-defined]
-    child.hear()  # type: ignore[attr-defined]
+    child.say(f"shmcoord/{victim.realm}/frame/h3")
+    child.hear()
     h1.wait(lambda: len(h1.frames("h3")) > count, "h3 is heard")
     # What was said before has come by now, or never.
     assert {heard.host for heard in h1.heard} == {"h3"}
@@ -228,12 +223,12 @@ def test_no_wide_key_gets_past_the_rules(
 
 
 def test_a_certificate_of_no_known_host_says_nothing(
-    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., object], keys: Path
+    peer: Callable[[EngineConfig], Peer], spawn: Callable[..., Child], keys: Path
 ) -> None:
     victim = config(keys)
     h1 = peer(victim)
     child = rogue(spawn, victim, tls(keys, "stranger"))
-    assert child.hear() == "open"  # type: ignore[attr-defined]
+    assert child.hear() == "open"
     for host in ("h2", "h3", "stranger"):
         assert not forge(child, h1, victim.realm, host, wait_s=0.7)
     assert h1.frames() == []
@@ -242,7 +237,7 @@ def test_a_certificate_of_no_known_host_says_nothing(
 @pytest.mark.parametrize("how", ["another CA", "plain TCP", "no certificate"])
 def test_who_has_no_certificate_of_ours_is_not_let_in(
     peer: Callable[[EngineConfig], Peer],
-    spawn: Callable[..., object],
+    spawn: Callable[..., Child],
     keys: Path,
     tmp_path: Path,
     how: str,
@@ -258,10 +253,10 @@ def test_who_has_no_certificate_of_ours_is_not_let_in(
         _tls_without_certificate(victim, keys)
         return
     child = rogue(spawn, victim, own, "tcp" if how == "plain TCP" else "")
-    assert child.hear() == "open"  # type: ignore[attr-defined]
+    assert child.hear() == "open"
     assert not forge(child, h1, victim.realm, "h2", wait_s=1.5)
-    child.say("any/key")  # type: ignore[attr-defined]
-    assert child.hear() == "0"  # type: ignore[attr-defined]
+    child.say("any/key")
+    assert child.hear() == "0"
     assert h1.heard == []
 
 

@@ -647,25 +647,3 @@ async def test_excluded_methods_are_no_load_but_their_end_is_waited_for(
     await stopping
     assert seen == [(0, 0, State.IDLE), (0, 0, State.DRAINING)]
     assert server.node.served == 0
-
-
-async def test_an_instrument_joins_after_a_start_that_failed(segment: Segment) -> None:
-    async def echo(request: bytes, context: Any) -> bytes:
-        return request
-
-    plug = shmcoord.grpc.aio.instrument(node="B", segment=segment.name, group="GREEN")
-    server = grpc.aio.server(handlers=plug.handlers, interceptors=[plug.interceptor])
-    server.add_generic_rpc_handlers((service(Echo=Method(echo)),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    twin = segment.join("B", group="GREEN", endpoint="unix:twin")
-    with pytest.raises(NodeExists):
-        plug.start(f"127.0.0.1:{port}")
-    assert not plug.joined
-    twin.leave()
-    plug.start(f"127.0.0.1:{port}")
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        assert await channel.unary_unary(path("Echo"))(b"hello", timeout=10) == b"hello"
-    await server.stop(None)
-    plug.stop()
-    assert segment.snapshot() == ()

@@ -821,22 +821,3 @@ def test_excluded_methods_are_no_load_and_go_on_while_it_drains(
     wait_until(lambda: server.node.served == 1)
     with pytest.raises(TypeError, match="exclude"):
         shmcoord.grpc.server(node="C", segment=segment.name, group="GREEN", exclude="/a/")
-
-
-def test_an_instrument_joins_after_a_start_that_failed(segment: Segment) -> None:
-    plug = shmcoord.grpc.instrument(node="B", segment=segment.name, group="GREEN", capacity=1)
-    server = grpc.server(plug.executor(), handlers=plug.handlers, interceptors=[plug.interceptor])
-    server.add_generic_rpc_handlers((service(Echo=Method(echo)),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    twin = segment.join("B", group="GREEN", endpoint="unix:twin")
-    with pytest.raises(NodeExists):
-        plug.start(f"127.0.0.1:{port}")
-    assert not plug.joined
-    twin.leave()
-    plug.start(f"127.0.0.1:{port}")
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        assert channel.unary_unary(path("Echo"))(b"hello", timeout=10) == b"hello"
-    server.stop(None).wait()
-    plug.stop()
-    assert segment.snapshot() == ()

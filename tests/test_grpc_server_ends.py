@@ -70,6 +70,7 @@ def test_a_plug_whose_join_failed_may_start_again(
         # The answer may be here before the handler's thread has ended the request.
         wait_until(lambda: segment.status("B").state is State.IDLE)
         plug.stop()
+        assert segment.snapshot() == ()
         with pytest.raises(ValueError, match="stopped before"):
             plug.start(f"127.0.0.1:{port}")
     finally:

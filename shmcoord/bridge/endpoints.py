@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
-__all__ = ["NAME", "endpoint_problem", "is_loopback"]
+__all__ = ["NAME", "endpoint_problem", "is_loopback", "is_loopback_address"]
 
 #: Names of hosts and realms: nothing in them means more than itself in a key of an engine.
 NAME = re.compile(r"[A-Za-z0-9_-]{1,63}")
@@ -39,7 +39,12 @@ def endpoint_problem(at: str, *, has_tls: bool, insecure: bool) -> str | None:
 def is_loopback(at: str) -> bool:
     """Whether an endpoint can be reached from this machine alone."""
     match = _ENDPOINT.fullmatch(at)
-    host = match["host"].strip("[]") if match else ""
+    return match is not None and is_loopback_address(match["host"])
+
+
+def is_loopback_address(host: str) -> bool:
+    """Whether a name or an address, an IPv6 one perhaps in brackets, leads to its own machine."""
+    host = host.strip("[]")
     if host == "localhost":
         return True
     try:

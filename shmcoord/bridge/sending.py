@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import os
 import secrets
@@ -12,6 +11,7 @@ import time
 from collections.abc import Iterable
 
 from shmcoord.api import Segment
+from shmcoord.bridge.endpoints import is_loopback_address
 from shmcoord.bridge.frame import Frame, Part, encode
 from shmcoord.errors import SegmentNotFound, ShmcoordError
 from shmcoord.origin import Member, Origin
@@ -124,12 +124,4 @@ class Sender:
 
 def _is_local(endpoint: str) -> bool:
     """Whether an endpoint can be reached from its own host alone."""
-    if endpoint.startswith("unix:"):
-        return True
-    host = endpoint.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return endpoint.startswith("unix:") or is_loopback_address(endpoint.rpartition(":")[0])

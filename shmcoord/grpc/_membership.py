@@ -30,13 +30,12 @@ __all__ = ["Membership", "Place", "Refused", "foreign", "note_span"]
 _log = logging.getLogger("shmcoord.grpc")
 
 # `Lease.token`: a version, and five numbers in hexadecimal.
+_TOKEN = re.compile(r"[12](?:-[0-9A-Fa-f]{1,16}){5}")
 _OF_ANOTHER_HOST = "2-"
 # A lease of another host's router stands in that host's memory alone. Until the routers there have
 # heard that the node drains, and what they sent before has come, it may not hang up. The news are
 # out within 10 ms, and again with each tick (50 ms by default), should some be lost.
 _HEARD_S = 0.25
-_TOKEN = re.compile(r"[12](?:-[0-9A-Fa-f]{1,16}){5}")
-
 
 _OWN_PREFIXES = ("shmcoord-", b"shmcoord-")  # gRPC takes a key as either
 _OWN_LENGTH = len("shmcoord-")

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bridge_peers import Relay
 from cluster_helpers import ROOT, free_ports, write_rows
 
+from bench.bridge.relay import Relay
 from shmcoord.bridge.keys import generate
 
 GREEN_PINK = {"A": "GREEN", "B": "GREEN", "C": "GREEN", "D": "PINK", "E": "PINK", "F": "PINK"}
