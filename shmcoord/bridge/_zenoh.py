@@ -32,7 +32,8 @@ _PREFIX = "shmcoord"
 # How long a full queue is waited for before a frame is dropped: the next one says more.
 _DROP_AFTER_US = 1_000
 _RETRY_MS = (100, 500)  # between two tries to connect: first, and most
-# A link whose other end does not read holds Zenoh's close up for ten seconds.
+# A full link whose other end does not read holds Zenoh's close up until it is given up, which is
+# when its lease has run out. For how much longer that is waited for, in seconds.
 _CLOSE_S = 1.0
 # What one host may send; a receiver assembles no more.
 _MESSAGE_BYTES_MAX = 16 << 20
@@ -139,10 +140,12 @@ class ZenohBridge:
         self._lock = threading.Lock()
         self._connected: set[str] = set()
         self._dropped = 0
+        self._lease_s = 0.0
 
     def start(self, config: EngineConfig, listener: Listener) -> None:
         """Listen and begin to connect."""
         _check(config)
+        self._lease_s = config.lease_s
         # It writes to the standard output, which is not ours: only for who asks, by RUST_LOG.
         zenoh.try_init_log_from_env()  # type: ignore[no-untyped-call]
         chosen = zenoh.Config()
@@ -212,8 +215,9 @@ class ZenohBridge:
     def stop(self) -> None:
         """Undeclare, so that the others are told at once, and close.
 
-        Where a link is full and its other end does not read, Zenoh tries for ten seconds; that goes
-        on in a thread which ends with it, or with the process.
+        Where a link is full and its other end does not read, Zenoh needs a lease for it, and may
+        try for ten seconds. That goes on in a thread which the end of the process waits for: one
+        that came back from Zenoh while Python ends would abort the process.
         """
         session, self._session = self._session, None
         if session is None:
@@ -221,10 +225,10 @@ class ZenohBridge:
         self._publisher = None
         declared, self._declared = self._declared, []
         closing = threading.Thread(
-            target=_close, args=(session, declared), name="bridge_close", daemon=True
+            target=_close, args=(session, declared), name="bridge_close", daemon=False
         )
         closing.start()
-        closing.join(_CLOSE_S)
+        closing.join(self._lease_s + _CLOSE_S)
         if closing.is_alive():
             _log.warning("a host does not read what it is sent: not waiting until Zenoh has closed")
         with self._lock:
